@@ -1,0 +1,1 @@
+"""SPTS: self-predictive token skipping for long-prompt prefill."""
