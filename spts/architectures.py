@@ -42,7 +42,9 @@ def check_config(config: dict[str, Any]) -> Architecture:
     """
     names = config.get("architectures") or []
     architecture = ARCHITECTURES.get(names[0]) if len(names) == 1 else None
-    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None)
+    experts = next(
+        (key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None
+    )
     if experts is not None:
         raise ModelError(
             f"{experts} must be absent, got {config[experts]} in {names}; mixtures of experts are not supported",

@@ -60,7 +60,14 @@ class DecoderLayer:
     """A layer of a Hugging Face model, walked by us: its modules are called, none is changed."""
 
     def __init__(
-        self, block: Any, *, index: int, num_heads: int, head_dim: int, collective: Collective, proxy: LayerProxy | None
+        self,
+        block: Any,
+        *,
+        index: int,
+        num_heads: int,
+        head_dim: int,
+        collective: Collective,
+        proxy: LayerProxy | None,
     ) -> None:
         self.block = block
         self.index = index
@@ -166,7 +173,10 @@ class DecoderLayer:
     def _attend(self, stream: Stream, signals: Signals, active_M: Tensor | None, cache: LayerCache) -> None:
         cos_Md, sin_Md = _take(stream.cos_Td, active_M), _take(stream.sin_Td, active_M)
         if signals.probing:
-            h_MD, k_MKd = _take(signals.attention_input(), active_M), _take(signals.candidate_keys(), active_M)
+            h_MD, k_MKd = (
+                _take(signals.attention_input(), active_M),
+                _take(signals.candidate_keys(), active_M),
+            )
         else:
             h_MD = self.block.input_layernorm(_take(stream.x_TD, active_M))
             k_MKd = self.keys(h_MD, cos_Md, sin_Md)

@@ -255,7 +255,9 @@ class SptsModel:
     def _check_tokens(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
         if len(token_ids) == 0:
             raise RequestError(
-                "token_ids must hold at least one token, got 0; send a prompt", code="empty_prompt", field="token_ids"
+                "token_ids must hold at least one token, got 0; send a prompt",
+                code="empty_prompt",
+                field="token_ids",
             )
         bad = next(((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self.vocab_size), None)
         if bad is not None:

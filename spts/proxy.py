@@ -42,7 +42,9 @@ class LayerProxy:
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> LayerProxy:
         """The same factors on another device and in another dtype."""
-        return LayerProxy(**{f.name: getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self)})
+        return LayerProxy(
+            **{f.name: getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self)}
+        )
 
 
 def ffn_norms(
@@ -121,15 +123,23 @@ class Proxies:
         _check_range("channels", channels, 1, shape.intermediate_size)
         _check_range("rank", rank, 1, min(channels, shape.hidden_size))
         if not 0.0 < top_share <= 1.0:
-            raise ProxyError(f"top_share must be in (0, 1], got {top_share}; the paper uses 0.2", field="top_share")
+            raise ProxyError(
+                f"top_share must be in (0, 1], got {top_share}; the paper uses 0.2", field="top_share"
+            )
         lengths = [len(text) for text in texts_token_ids]
         if sum(lengths) == 0:
-            raise ProxyError("texts must hold at least one token, got none; give calibration text", field="texts")
+            raise ProxyError(
+                "texts must hold at least one token, got none; give calibration text", field="texts"
+            )
 
         total_steps = len(texts_token_ids) + shape.num_layers - first_layer
         step = progress or (lambda done, total: None)
         inputs_ND = _collect_ffn_inputs(
-            model, texts_token_ids, first_layer, _sample(sum(lengths), max_tokens, seed), lambda n: step(n, total_steps)
+            model,
+            texts_token_ids,
+            first_layer,
+            _sample(sum(lengths), max_tokens, seed),
+            lambda n: step(n, total_steps),
         )
         layers = {}
         with torch.inference_mode():
@@ -201,7 +211,9 @@ class Proxies:
                         f"proxies must hold {missing[0]}, got none in {path / WEIGHTS_FILE}; fit them again",
                         field=missing[0],
                     )
-                layers[index] = LayerProxy(**{field: weights.get_tensor(name) for field, name in names.items()})
+                layers[index] = LayerProxy(
+                    **{field: weights.get_tensor(name) for field, name in names.items()}
+                )
         return cls(manifest, layers)
 
 
@@ -214,7 +226,9 @@ def channel_importance(y_ND: Tensor, mlp: Any, *, top_share: float, block_channe
     parts = []
     for start in range(0, mlp.gate_proj.weight.shape[0], block_channels):
         rows = slice(start, start + block_channels)
-        gate_NC = mlp.act_fn(torch.nn.functional.linear(y_ND, mlp.gate_proj.weight[rows], _bias(mlp.gate_proj, rows)))
+        gate_NC = mlp.act_fn(
+            torch.nn.functional.linear(y_ND, mlp.gate_proj.weight[rows], _bias(mlp.gate_proj, rows))
+        )
         up_NC = torch.nn.functional.linear(y_ND, mlp.up_proj.weight[rows], _bias(mlp.up_proj, rows))
         saliency_NC = gate_NC.mul_(up_NC).abs_().float()
         parts.append(saliency_NC.topk(num_top, dim=0, sorted=False).values.mean(dim=0))
@@ -273,7 +287,9 @@ def _bias(linear: Any, rows: slice) -> Tensor | None:
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise ProxyError(f"{name} must be in {low}..{high} for this model, got {value}; choose one in range", field=name)
+        raise ProxyError(
+            f"{name} must be in {low}..{high} for this model, got {value}; choose one in range", field=name
+        )
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -281,8 +297,11 @@ def _read_manifest(path: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("version") != VERSION:
             raise ProxyError(
-                f"version must be {VERSION}, got {data.get('version')} in {path}; fit the proxies again", field="version"
+                f"version must be {VERSION}, got {data.get('version')} in {path}; fit the proxies again",
+                field="version",
             )
         return Manifest(**data)
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise ProxyError(f"{path} must be a proxies manifest, got {error}; fit the proxies again", field="proxies") from None
+        raise ProxyError(
+            f"{path} must be a proxies manifest, got {error}; fit the proxies again", field="proxies"
+        ) from None
