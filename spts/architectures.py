@@ -1,8 +1,8 @@
 """Which models this library computes, and what is refused by name.
 
-The four families share one decoder layer: RMSNorm, rotary grouped-query attention, RMSNorm, gated FFN. They differ in
-things their own modules carry (q/k/v biases, q/k norms, tied embeddings), so the table below is about what a
-configuration may ask for and not about code.
+The four families share one decoder layer: RMSNorm, rotary grouped-query attention, RMSNorm, gated FFN. They
+differ in things their own modules carry (q/k/v biases, q/k norms, tied embeddings), so the table below is
+about what a configuration may ask for and not about code.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ARCHITECTURES = {
 def check_config(config: dict[str, Any]) -> Architecture:
     """The architecture of a `config.json`, as parsed; raises ModelError with the field, the rule and the value.
 
-    Refused: other architectures, mixtures of experts, sliding windows shorter than the context, rotary embeddings
-    that depend on the length of the input (`dynamic`, `longrope`) or turn only a part of a head.
+    Refused: other architectures, mixtures of experts, sliding windows shorter than the context, rotary
+    embeddings that depend on the length of the input (`dynamic`, `longrope`) or turn only a part of a head.
     """
     names = config.get("architectures") or []
     architecture = ARCHITECTURES.get(names[0]) if len(names) == 1 else None
@@ -63,8 +63,8 @@ def check_config(config: dict[str, Any]) -> Architecture:
 def max_context(config: dict[str, Any]) -> int:
     """Longest sequence in tokens the configuration stands for.
 
-    `max_position_embeddings`, or for yarn the stretched original context where that is longer (Qwen states its yarn
-    models with the unstretched length).
+    `max_position_embeddings`, or for yarn the stretched original context where that is longer (Qwen states
+    its yarn models with the unstretched length).
     """
     limit = int(config["max_position_embeddings"])
     rope = _rope(config)

@@ -1,6 +1,7 @@
 """The ragged key/value cache: every layer holds its own tokens, as many as it computed (spts.md, "PAP" step 5).
 
-Legend: C capacity, P prompt tokens kept by a layer, L tokens in a layer now, K key/value heads on this rank, d head size.
+Legend: C capacity, P prompt tokens kept by a layer, L tokens in a layer now, K key/value heads on this rank,
+d head size.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from torch import Tensor
 class LayerCache:
     """Keys (after RoPE) and values of one layer, with room for the tokens still to come.
 
-    Example: a layer that computed the prompt tokens 0, 3 and 7 of 8 holds 3 rows; after two decoded tokens it holds 5,
-    at the positions 0, 3, 7, 8, 9.
+    Example: a layer that computed the prompt tokens 0, 3 and 7 of 8 holds 3 rows; after two decoded tokens it
+    holds 5, at the positions 0, 3, 7, 8, 9.
     """
 
     def __init__(self, *, room_tokens: int) -> None:

@@ -2,11 +2,11 @@
 
     probe -> select -> gather -> attend -> scatter | score -> select -> gather -> FFN -> scatter | cut
 
-The residual stream holds the candidates only: rows in prompt order, the last one the last prompt token. Head counts are
-read off the tensors, so the same lines run on one rank or on several.
+The residual stream holds the candidates only: rows in prompt order, the last one the last prompt token. Head
+counts are read off the tensors, so the same lines run on one rank or on several.
 
-Legend: T candidates, M active, N prompt tokens, B requests, D width, H query heads on this rank, K key/value heads on
-this rank, d head size.
+Legend: T candidates, M active, N prompt tokens, B requests, D width, H query heads on this rank, K key/value
+heads on this rank, d head size.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ class DecoderLayer:
     ) -> tuple[LayerWork, LayerTrace | None]:
         """Runs the layer on the candidates in `stream` (changed in place) and fills `cache` with the active tokens.
 
-        `active_tokens` is the budget of the attention and of the FFN, None for all; `keep_tokens` the number of
-        candidates left afterwards, None for all. Budgets of at least T cost nothing extra: the layer runs dense.
+        `active_tokens` is the budget of the attention and of the FFN, None for all; `keep_tokens` the number
+        of candidates left afterwards, None for all. Budgets of at least T cost nothing extra: the layer runs
+        dense.
         """
         num_candidates = stream.x_TD.shape[0]
         num_active = min(active_tokens or num_candidates, num_candidates)
@@ -138,8 +139,8 @@ class DecoderLayer:
     def decode(self, x_BD: Tensor, cos_Bd: Tensor, sin_Bd: Tensor, caches: Sequence[LayerCache]) -> Tensor:
         """Runs the layer on one new token of each request and returns `x_BD`, changed in place.
 
-        The linears run once for the batch; the attention of each request reads its own cache of this layer, the new
-        token included.
+        The linears run once for the batch; the attention of each request reads its own cache of this layer,
+        the new token included.
         """
         h_BD = self.block.input_layernorm(x_BD)
         q_BHd = self.queries(h_BD, cos_Bd, sin_Bd)

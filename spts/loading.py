@@ -33,8 +33,8 @@ def load(
     `dtype` is one of float32, bfloat16, float16; `device` anything torch names. `proxies` is a folder that
     `jobs.calibrate` wrote; by default the model folder's `proxies`, if it is there.
 
-    Raises ModelError (no such folder, no safetensors, an unsupported configuration) and ProxyError (foreign or
-    incomplete proxies), both before any weight is read.
+    Raises ModelError (no such folder, no safetensors, an unsupported configuration) and ProxyError (foreign
+    or incomplete proxies), both before any weight is read.
     """
     from spts.model import SptsModel
 
@@ -82,7 +82,8 @@ def load_proxies(
 def resolve(path: str | os.PathLike[str]) -> Path:
     """The local folder of a model: `path` itself, or for a hub id (`owner/name`) its downloaded snapshot.
 
-    A hub model's configuration is fetched and checked first, so an unsupported one costs no download of weights.
+    A hub model's configuration is fetched and checked first, so an unsupported one costs no download of
+    weights.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -132,8 +133,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 def fingerprint(folder: str | os.PathLike[str]) -> str:
     """SHA-256, in hex, of what makes a model folder this model.
 
-    Over `config.json` and, of every safetensors file by name, its size, header, first and last MiB: changed weights
-    are noticed without reading all of them, and a moved folder is still the same model.
+    Over `config.json` and, of every safetensors file by name, its size, header, first and last MiB: changed
+    weights are noticed without reading all of them, and a moved folder is still the same model.
     """
     path = Path(folder)
     digest = hashlib.sha256((path / "config.json").read_bytes())

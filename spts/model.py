@@ -73,9 +73,10 @@ class SptsModel:
     ) -> None:
         """Wraps a transformers model, whole or one tensor-parallel rank of it.
 
-        Under tensor parallelism `hf_model` has its linears sharded by heads and channels, `o_proj` and `down_proj` sum
-        over the ranks inside their forward, and `hf_model.config` is still the whole model's. Raises ModelError for an
-        unsupported configuration or a head count that does not fit, ProxyError for another model's proxies.
+        Under tensor parallelism `hf_model` has its linears sharded by heads and channels, `o_proj` and
+        `down_proj` sum over the ranks inside their forward, and `hf_model.config` is still the whole model's.
+        Raises ModelError for an unsupported configuration or a head count that does not fit, ProxyError for
+        another model's proxies.
         """
         self.config = hf_model.config
         config = self.config.to_dict()
@@ -127,8 +128,9 @@ class SptsModel:
     ) -> Prefill:
         """Computes a prompt under a method, with room in the cache for `max_new_tokens` more.
 
-        Raises RequestError (empty prompt, id outside the vocabulary, context exceeded), ConfigError (a schedule for
-        another depth) or ProxyError (none for a layer the method skips in), all before any compute.
+        Raises RequestError (empty prompt, id outside the vocabulary, context exceeded), ConfigError (a
+        schedule for another depth) or ProxyError (none for a layer the method skips in), all before any
+        compute.
         """
         state = self.start_prefill(token_ids, method, trace=trace, max_new_tokens=max_new_tokens)
         self.advance(state, len(self.layers))
@@ -181,8 +183,8 @@ class SptsModel:
     def decode_step(self, token_ids: Tensor, caches: Sequence[RaggedCache]) -> Tensor:
         """Appends one token to each request and returns the logits after it, float32 [B, V].
 
-        `token_ids` [B] goes with `caches`, one request each, in any mixture of lengths and methods. Raises ValueError
-        when a cache has no room left.
+        `token_ids` [B] goes with `caches`, one request each, in any mixture of lengths and methods. Raises
+        ValueError when a cache has no room left.
         """
         ids_B = token_ids.to(self.device)
         positions_B = torch.tensor([cache.next_position for cache in caches], device=self.device)

@@ -31,8 +31,8 @@ MANIFEST_FILE = "proxies.json"
 class LayerProxy:
     """The low-rank FFN of one layer; the orthonormal [r, D] it would end with leaves norms alone and is not kept.
 
-    first_D2r: first factors of gate and up, side by side. gate_rC, up_rC: their second factors. down_Cr: the down
-    factor U·S of the kept channels.
+    first_D2r: first factors of gate and up, side by side. gate_rC, up_rC: their second factors. down_Cr: the
+    down factor U·S of the kept channels.
     """
 
     first_D2r: Tensor
@@ -52,7 +52,8 @@ def ffn_norms(
 ) -> Tensor:
     """C of spts.md: the estimated norm of every candidate's FFN output, float32 [T], for FFN inputs `y_TD`.
 
-    Every rank holds the whole proxy and scores its own slice of the candidates; the zero-padded slices are summed.
+    Every rank holds the whole proxy and scores its own slice of the candidates; the zero-padded slices are
+    summed.
     """
     num_tokens, ranks = y_TD.shape[0], collective.world_size
     start = num_tokens * collective.rank // ranks
@@ -104,13 +105,14 @@ class Proxies:
     ) -> Proxies:
         """Builds the proxies from a dense run over tokenised texts, without gradients.
 
-        A channel's saliency on a token is |act(y Wg) * (y Wu)|, its importance the mean of the top `top_share` of its
-        saliencies over the calibration tokens; the `channels` most important are kept and each kept matrix is cut to
-        `rank` by SVD. The mean is exact over all tokens up to `max_tokens`; of more, a uniform sample of that size is
-        used, drawn with `seed`, since FFN inputs of every layer are held at once (layers * tokens * D values).
+        A channel's saliency on a token is |act(y Wg) * (y Wu)|, its importance the mean of the top
+        `top_share` of its saliencies over the calibration tokens; the `channels` most important are kept and
+        each kept matrix is cut to `rank` by SVD. The mean is exact over all tokens up to `max_tokens`; of
+        more, a uniform sample of that size is used, drawn with `seed`, since FFN inputs of every layer are
+        held at once (layers * tokens * D values).
 
-        `progress(done, total)` counts texts, then layers. Raises ProxyError for a layer, channel count, rank or share
-        out of range, for no text, and on a tensor-parallel rank (a shard holds only some channels).
+        `progress(done, total)` counts texts, then layers. Raises ProxyError for a layer, channel count, rank
+        or share out of range, for no text, and on a tensor-parallel rank (a shard holds only some channels).
         """
         shape = model.shape
         if model.collective.world_size != 1:
@@ -182,7 +184,8 @@ class Proxies:
     def load(cls, folder: str | os.PathLike[str], *, fingerprint: str) -> Proxies:
         """Reads what `save` wrote, for the model with this fingerprint.
 
-        Raises ProxyError when a file or a layer is missing, or the proxies belong to another model or version.
+        Raises ProxyError when a file or a layer is missing, or the proxies belong to another model or
+        version.
         """
         from safetensors import safe_open
 
@@ -220,7 +223,8 @@ class Proxies:
 def channel_importance(y_ND: Tensor, mlp: Any, *, top_share: float, block_channels: int = 512) -> Tensor:
     """Importance of every FFN channel, float32 [F]: the mean of the top `top_share` of |act(y Wg) * (y Wu)| over N tokens.
 
-    At least one value is averaged. Example: saliencies of a channel [4, 1, 3, 2, 0] at a share of 0.4 give 3.5.
+    At least one value is averaged. Example: saliencies of a channel [4, 1, 3, 2, 0] at a share of 0.4 give
+    3.5.
     """
     num_top = max(1, round(top_share * y_ND.shape[0]))
     parts = []
