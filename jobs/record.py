@@ -100,10 +100,12 @@ class Row:
     text: str | None = _doc("the answer, as decoded, untouched", default=None)
     token_ids: tuple[int, ...] | None = _doc("the answer's tokens", default=None)
     finish_reason: str | None = _doc('"stop" or "length"', default=None)
-    queue_s: float | None = _doc("seconds the request waited in the engine", default=None)
-    ttft_s: float | None = _doc("seconds from the start of the prefill to the first token", default=None)
-    decode_s: float | None = _doc("seconds for the tokens after the first", default=None)
-    total_s: float | None = _doc("seconds in the engine, all together", default=None)
+    queue_s: float | None = _doc(
+        "seconds from arrival at the engine to the start of the prefill", default=None
+    )
+    ttft_s: float | None = _doc("seconds from arrival to the first token", default=None)
+    decode_s: float | None = _doc("seconds from the first token to the last", default=None)
+    total_s: float | None = _doc("seconds from arrival to the last token", default=None)
     flops: float | None = _doc("operations of the prefill, from the work really done", default=None)
     dense_flops: float | None = _doc("the same for a dense prefill of this prompt", default=None)
     kv_bytes: int | None = _doc("bytes of the KV cache after the prefill, all layers", default=None)

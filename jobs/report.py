@@ -29,8 +29,9 @@ from spts.errors import ConfigError
 
 _CSV_COLUMNS = (
     "model", "label", "method", "task", "length_tokens", "samples", "failed",
-    "score", "score_low", "score_high", "interval", "delta_vs_dense", "delta_low", "delta_high", "delta_interval", "flop_share", "kv_share",
-    "ttft_median_s", "ttft_speedup_vs_dense", "answer_tokens_mean",
+    "score", "score_low", "score_high", "interval",
+    "delta_vs_dense", "delta_low", "delta_high", "delta_interval",
+    "flop_share", "kv_share", "ttft_median_s", "ttft_speedup_vs_dense", "answer_tokens_mean",
 )  # fmt: skip
 
 
@@ -61,8 +62,8 @@ def terminal(results: Results, console: Console) -> None:
             scores.add_column(plots.short_length(length), justify="right", no_wrap=True)
         for name in ("all", "95 %"):
             scores.add_column(name, justify="right", no_wrap=True)
-        costs = _table("difference on the same samples (points), and cost as a share of dense")
-        for name in ("vs dense", "95 %", "FLOP", "KV", "TTFT", "speed-up", "failed"):
+        costs = _table("against dense on the same samples, in points; cost as a share of dense")
+        for name in ("vs dense", "95 %", "FLOP", "KV", "TTFT", "speed-up"):
             costs.add_column(name, justify="right", no_wrap=True)
         for label in labels:
             line, delta = model.overall[label], model.overall[label].delta
@@ -76,12 +77,11 @@ def terminal(results: Results, console: Console) -> None:
             costs.add_row(
                 Text(label),
                 points(delta.value) if delta else "–",
-                f"{points(delta.low)} to {points(delta.high)}" if delta else "–",
+                f"{points(delta.low)} … {points(delta.high)}" if delta else "–",
                 share(line.flop_share),
                 share(line.kv_share),
                 seconds(line.ttft_s),
                 times(line.speedup),
-                str(line.failed),
             )
         console.print(scores, costs)
     for warning in warnings(results):
@@ -89,7 +89,9 @@ def terminal(results: Results, console: Console) -> None:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
+    )
     table.add_column("method", no_wrap=True, min_width=8)
     return table
 
