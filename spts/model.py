@@ -177,7 +177,7 @@ class SptsModel:
         state.next_layer = stop
         if stop == len(self.layers) and state.result is None:
             state.result = Prefill(
-                logits=self._logits(state.stream.x_TD[-1:])[0],
+                logits=self.logits(state.stream.x_TD[-1:])[0],
                 cache=state.cache,
                 work=state.work,
                 trace=state.trace if state.tracing else None,
@@ -199,7 +199,7 @@ class SptsModel:
             x_BD = layer.decode(x_BD, cos_Bd, sin_Bd, [cache.layers[layer.index] for cache in caches])
         for cache in caches:
             cache.next_position += 1
-        return self._logits(x_BD)
+        return self.logits(x_BD)
 
     def generate(
         self, token_ids: Sequence[int], method: Method, max_new_tokens: int, sampling: Sampling | None = None
@@ -254,8 +254,8 @@ class SptsModel:
             ]
             if lacking:
                 raise ProxyError(
-                    f"proxies must cover layers {schedule.first_skip_layer}..{lacking[-1]} for {method.name}, "
-                    f"got none for layer {lacking[0]}; fit them with python -m jobs.calibrate",
+                    f"proxies must cover layers {lacking[0]} to {lacking[-1]} for method {method.name}, "
+                    "got none; fit them with python -m jobs.calibrate",
                     field="proxies",
                 )
         return schedule
@@ -279,9 +279,12 @@ class SptsModel:
         cos_1Nd, sin_1Nd = self._rotary(x_ND, positions_N.unsqueeze(0))
         return cos_1Nd[0], sin_1Nd[0]
 
-    def _logits(self, x_BD: Tensor) -> Tensor:
-        logits_BV: Tensor = self._head(self._body.norm(x_BD))
-        return logits_BV.float()
+    @torch.inference_mode()
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """The final norm and the head over rows of the residual stream: float32 [B, V]."""
+        # Three dimensions: DeepSpeed's sharded head slices its input as [batch, tokens, features].
+        logits_1BV: Tensor = self._head(self._body.norm(x_BD).unsqueeze(0))
+        return logits_1BV[0].float()
 
 
 def _eos_token_ids(hf_model: Any) -> tuple[int, ...]:
