@@ -63,7 +63,7 @@ def sample_tokens(num_tokens: int, max_tokens: int, seed: int) -> Tensor:
 
 
 def low_rank_factors(mlp: Any, kept_C: Tensor, rank: int) -> dict[str, Tensor]:
-    """The factors of a `LayerProxy` by name: truncated SVDs of the kept channels, float64 inside, float32 out."""
+    """The factors of a `LayerProxy` by name: truncated SVDs of the kept channels, in float64."""
     gate_first_Dr, gate_rC = _truncated(mlp.gate_proj.weight[kept_C].T, rank)
     up_first_Dr, up_rC = _truncated(mlp.up_proj.weight[kept_C].T, rank)
     left_Cr, scale_r, _ = torch.linalg.svd(mlp.down_proj.weight[:, kept_C].T.double(), full_matrices=False)
