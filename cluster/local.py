@@ -59,7 +59,7 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[dict[str, str]]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_USAGE_STATS_ENABLED="0",
-        # Ray turns 127.0.0.1 into an outside address unless this is off; despite its name it acts on Linux too.
+        # Ray turns 127.0.0.1 into an outside address unless this is off; it acts on Linux too.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     )
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SptsError(ValueError):
-    """Base of every error this library raises for its user; `field` names the faulty input if there is one."""
+    """Base of every error this library raises for its user; `field` names the faulty input, if any."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Who may import whom: every import statement, inside functions too, and what a fresh process really loads."""
+"""Who may import whom: every import statement, in functions too, and what a fresh process really loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PURE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """`modules`, and what lies below them, import nothing of `never` less `but`; third parties only of `only`."""
+    """`modules` and what lies below import nothing of `never` less `but`; third parties only of `only`."""
 
     modules: tuple[str, ...]
     never: tuple[str, ...]

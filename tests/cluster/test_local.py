@@ -11,7 +11,7 @@ import pytest
 from cluster.local import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
-PROBE = "import ray; ray.init(log_to_driver=False); print('cpus', int(ray.cluster_resources()['CPU']), flush=True)"
+PROBE = "import ray; ray.init(); print('cpus', int(ray.cluster_resources()['CPU']), flush=True)"
 
 
 def start(*command: str) -> subprocess.Popen:
