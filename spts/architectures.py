@@ -1,0 +1,111 @@
+"""Which models this library computes, and what is refused by name.
+
+The four families share one decoder layer: RMSNorm, rotary grouped-query attention, RMSNorm, gated FFN. They
+differ in things their own modules carry (q/k/v biases, q/k norms, tied embeddings), so the table below is
+about what a configuration may ask for and not about code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from spts.errors import ModelError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One supported family: its class in transformers, and whether its configuration can switch sliding windows on."""
+
+    class_name: str
+    window_switch: str | None = None
+
+
+ARCHITECTURES = {
+    architecture.class_name: architecture
+    for architecture in (
+        Architecture(class_name="LlamaForCausalLM"),
+        Architecture(class_name="MistralForCausalLM"),
+        Architecture(class_name="Qwen2ForCausalLM", window_switch="use_sliding_window"),
+        Architecture(class_name="Qwen3ForCausalLM", window_switch="use_sliding_window"),
+    )
+}
+
+
+def check_config(config: dict[str, Any]) -> Architecture:
+    """The architecture of a `config.json`, as parsed; raises ModelError with the field, the rule and the value.
+
+    Refused: other architectures, mixtures of experts, sliding windows shorter than the context, rotary
+    embeddings that depend on the length of the input (`dynamic`, `longrope`) or turn only a part of a head.
+    """
+    names = config.get("architectures") or []
+    architecture = ARCHITECTURES.get(names[0]) if len(names) == 1 else None
+    experts = next(
+        (key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None
+    )
+    if experts is not None:
+        raise ModelError(
+            f"{experts} must be absent, got {config[experts]} in {names}; mixtures of experts are not supported",
+            field=experts,
+        )
+    if architecture is None:
+        raise ModelError(
+            f"architectures must be one of {', '.join(ARCHITECTURES)}, got {names}; use a model of one of these families",
+            field="architectures",
+        )
+    _check_window(config, architecture)
+    _check_rope(config)
+    return architecture
+
+
+def max_context(config: dict[str, Any]) -> int:
+    """Longest sequence in tokens the configuration stands for.
+
+    `max_position_embeddings`, or for yarn the stretched original context where that is longer (Qwen states
+    its yarn models with the unstretched length).
+    """
+    limit = int(config["max_position_embeddings"])
+    rope = _rope(config)
+    if rope.get("rope_type") == "yarn":
+        original = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(original * rope.get("factor", 1.0)))
+    return limit
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope
+
+
+def _check_window(config: dict[str, Any], architecture: Architecture) -> None:
+    window = config.get("sliding_window")
+    if architecture.window_switch is not None and not config.get(architecture.window_switch, False):
+        window = None
+    layer_types = config.get("layer_types") or []
+    if "sliding_attention" in layer_types:
+        window = config.get("sliding_window") or 0
+    if window is not None and window < config.get("max_position_embeddings", 0):
+        raise ModelError(
+            f"sliding_window must be null or at least the context of {config.get('max_position_embeddings')} tokens, "
+            f"got {window}; token skipping over sliding windows is not supported",
+            field="sliding_window",
+        )
+
+
+def _check_rope(config: dict[str, Any]) -> None:
+    rope = _rope(config)
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ModelError(
+            f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope['rope_type']}; "
+            "rotary embeddings that change with the length of the input are not supported",
+            field="rope_type",
+        )
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        raise ModelError(
+            f"partial_rotary_factor must be 1, got {partial}; partly rotated heads are not supported",
+            field="partial_rotary_factor",
+        )
