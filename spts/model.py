@@ -172,7 +172,7 @@ class SptsModel:
         state.next_layer = stop
         if stop == len(self.layers) and state.result is None:
             state.result = Prefill(
-                logits=self._logits(state.stream.x_TD[-1:])[0],
+                logits=self.logits(state.stream.x_TD[-1:])[0],
                 cache=state.cache,
                 work=state.work,
                 trace=state.trace if state.tracing else None,
@@ -194,7 +194,7 @@ class SptsModel:
             x_BD = layer.decode(x_BD, cos_Bd, sin_Bd, [cache.layers[layer.index] for cache in caches])
         for cache in caches:
             cache.next_position += 1
-        return self._logits(x_BD)
+        return self.logits(x_BD)
 
     def generate(
         self, token_ids: Sequence[int], method: Method, max_new_tokens: int, sampling: Sampling | None = None
@@ -294,7 +294,9 @@ class SptsModel:
         cos_1Nd, sin_1Nd = self._rotary(x_ND, positions_N.unsqueeze(0))
         return cos_1Nd[0], sin_1Nd[0]
 
-    def _logits(self, x_BD: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """The final norm and the head over rows of the residual stream: float32 [B, V]."""
         logits_BV: Tensor = self._head(self._body.norm(x_BD))
         return logits_BV.float()
 
