@@ -291,8 +291,9 @@ class SptsModel:
         return cos_1Nd[0], sin_1Nd[0]
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        logits_BV: Tensor = self._head(self._body.norm(x_BD))
-        return logits_BV.float()
+        # Three dimensions: DeepSpeed's sharded head slices its input as [batch, tokens, features].
+        logits_1BV: Tensor = self._head(self._body.norm(x_BD).unsqueeze(0))
+        return logits_1BV[0].float()
 
 
 def _eos_token_ids(hf_model: Any) -> tuple[int, ...]:
