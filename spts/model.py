@@ -297,8 +297,9 @@ class SptsModel:
     @torch.inference_mode()
     def logits(self, x_BD: Tensor) -> Tensor:
         """The final norm and the head over rows of the residual stream: float32 [B, V]."""
-        logits_BV: Tensor = self._head(self._body.norm(x_BD))
-        return logits_BV.float()
+        # Three dimensions: DeepSpeed's sharded head slices its input as [batch, tokens, features].
+        logits_1BV: Tensor = self._head(self._body.norm(x_BD).unsqueeze(0))
+        return logits_1BV[0].float()
 
 
 def _eos_token_ids(hf_model: Any) -> tuple[int, ...]:
