@@ -1,6 +1,8 @@
-"""The only door for YAML: frozen models that refuse unknown keys, and errors that name file, key, rule and value.
+"""The only door for YAML: frozen models that refuse unknown keys, and errors that name file, key, rule and
+value.
 
-    python -m cluster.config ray_config.yaml      checks the whole file, Serve's own blocks included, deploys nothing
+python -m cluster.config ray_config.yaml      checks the whole file, Serve's own blocks included, deploys
+nothing
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ class EngineConfig(Strict):
     """One engine: a model on a group of tensor-parallel ranks.
 
     model: folder (relative ones are looked for in the working directory, then beside the packages) or hub id.
-    proxies: folder of fitted proxies; None = the model folder's own. max_model_len: prompt plus new tokens; None =
-    the model's. num_threads: CPU threads per rank. max_running, max_waiting, layers_per_step: see
-    `cluster.scheduler.Scheduler`. start_timeout_s: to load the model. step_timeout_s: a step that takes longer means
-    a rank hangs, and the group restarts. max_restarts: failed starts in a row after which the engine gives up.
+    proxies: folder of fitted proxies; None = the model folder's own. max_model_len: prompt plus new tokens;
+    None = the model's. num_threads: CPU threads per rank. max_running, max_waiting, layers_per_step: see
+    `cluster.scheduler.Scheduler`. start_timeout_s: to load the model. step_timeout_s: a step that takes
+    longer means a rank hangs, and the group restarts. max_restarts: failed starts in a row after which the
+    engine gives up.
     """
 
     model: str = Field(min_length=1)
@@ -51,7 +54,8 @@ class EngineConfig(Strict):
 
 
 class PoolConfig(Strict):
-    """One row of the router's table: prompts of up to `max_prompt_tokens` (None = any) run `method` on `engine`.
+    """One row of the router's table: prompts of up to `max_prompt_tokens` (None = any) run `method` on
+    `engine`.
 
     method: {name: dense}, or {name: spts, schedule: ...} with a schedule's own keys, or the name of a preset.
     """
@@ -70,8 +74,8 @@ class PoolConfig(Strict):
 class AppConfig(Strict):
     """`args` of ray_config.yaml: the engines, and which prompt goes to which.
 
-    served_model_name: the name clients ask for; None = the model folder's name. pools: by prompt length, shortest
-    first; the last one takes the rest. request_timeout_s: deadline of every request.
+    served_model_name: the name clients ask for; None = the model folder's name. pools: by prompt length,
+    shortest first; the last one takes the rest. request_timeout_s: deadline of every request.
     max_prompts: prompts x n in one HTTP request.
     """
 
@@ -98,7 +102,8 @@ class AppConfig(Strict):
         for index, limit in enumerate(bounded):
             if limit is None or (index and limit <= (bounded[index - 1] or 0)):
                 raise ValueError(
-                    f"pools.{index}.max_prompt_tokens must grow from pool to pool, got {limit}; order the pools"
+                    f"pools.{index}.max_prompt_tokens must grow from pool to pool, got {limit}; order the "
+                    "pools"
                 )
         models = {engine.model for engine in self.engines.values()}
         if len(models) > 1:
@@ -125,7 +130,8 @@ def parse_method(data: Mapping[str, Any]) -> Method:
     if isinstance(schedule, str):
         if schedule not in PRESETS:
             raise ConfigError(
-                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {schedule!r}; correct it",
+                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {schedule!r}; "
+                "correct it",
                 field="method.schedule",
             )
         data = {**data, "schedule": PRESETS[schedule].schedule.to_dict()}
@@ -133,8 +139,8 @@ def parse_method(data: Mapping[str, Any]) -> Method:
 
 
 def resolve_path(path: str) -> str:
-    """An absolute path for a folder that exists in the working directory or beside the packages, else `path` itself
-    (a hub id). Workers of a Ray cluster have working directories of their own."""
+    """An absolute path for a folder that exists in the working directory or beside the packages, else `path`
+    itself (a hub id). Workers of a Ray cluster have working directories of their own."""
     for base in (Path.cwd(), Path(__file__).resolve().parent.parent):
         if (base / path).is_dir():
             return str((base / path).resolve())
@@ -145,7 +151,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse(data: object, model: type[Model], *, source: str) -> Model:
-    """`data` as a `model`. Raises ConfigError naming `source`, the key, the rule and the value of every fault."""
+    """`data` as a `model`. Raises ConfigError naming `source`, the key, the rule and the value of every
+    fault."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -155,7 +162,8 @@ def parse(data: object, model: type[Model], *, source: str) -> Model:
 
 
 def load_yaml(path: str | Path, model: type[Model]) -> Model:
-    """Read a YAML file as a `model`. Raises ConfigError as `parse`, and for a file that is missing or not YAML."""
+    """Read a YAML file as a `model`. Raises ConfigError as `parse`, and for a file that is missing or not
+    YAML."""
     return parse(read_yaml(path), model, source=str(path))
 
 
@@ -187,7 +195,8 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> s
 
 
 def check_ray_config(path: str | Path) -> AppConfig:
-    """Check a whole ray_config.yaml: our `args`, and Serve's blocks, whose unknown keys Serve itself lets pass.
+    """Check a whole ray_config.yaml: our `args`, and Serve's blocks, whose unknown keys Serve itself lets
+    pass.
 
     Raises ConfigError naming the key. Returns the one application's `args`.
     """
@@ -201,14 +210,16 @@ def check_ray_config(path: str | Path) -> AppConfig:
         raise ConfigError(f"{path}: " + "; ".join(explain(dict(fault)) for fault in error.errors())) from None
     if len(deploy.applications) != 1:
         raise ConfigError(
-            f"{path}: applications must hold one application, got {len(deploy.applications)}; remove the others",
+            f"{path}: applications must hold one application, got {len(deploy.applications)}; remove the "
+            "others",
             field="applications",
         )
     return parse(deploy.applications[0].args, AppConfig, source=f"{path}: applications.0.args")
 
 
 def _refuse_unknown_keys(data: object, schema: object, where: str, key: str = "") -> None:
-    """Walk `data` beside a pydantic schema; raise ConfigError at the first key that the schema does not have."""
+    """Walk `data` beside a pydantic schema; raise ConfigError at the first key that the schema does not
+    have."""
     if isinstance(data, list):
         for index, item in enumerate(data):
             _refuse_unknown_keys(item, schema, where, f"{key}.{index}")
@@ -252,4 +263,6 @@ if __name__ == "__main__":
         app = check_ray_config(sys.argv[1])
     except ConfigError as error:
         sys.exit(str(error))
-    print(f"{sys.argv[1]} is valid: {app.model_name} on {len(app.engines)} engine(s), {len(app.pools)} pool(s)")
+    print(
+        f"{sys.argv[1]} is valid: {app.model_name} on {len(app.engines)} engine(s), {len(app.pools)} pool(s)"
+    )

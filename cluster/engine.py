@@ -1,8 +1,8 @@
-"""An engine: one model on a group of ranks, answering many requests at once. The same class is a plain Ray actor in a
-sweep (`start_engine`) and a Serve deployment behind the router.
+"""An engine: one model on a group of ranks, answering many requests at once. The same class is a plain Ray
+actor in a sweep (`start_engine`) and a Serve deployment behind the router.
 
-The step loop has three verbs: schedule (scheduler.py decides), run (every rank does the same), postprocess (tokens
-go out). Compute happens in the ranks' processes, so this one's event loop is always free.
+The step loop has three verbs: schedule (scheduler.py decides), run (every rank does the same), postprocess
+(tokens go out). Compute happens in the ranks' processes, so this one's event loop is always free.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.admission import check_request
 from cluster.config import EngineConfig
 from cluster.group import Group, RayGroup
 from cluster.protocol import (
@@ -54,7 +56,8 @@ class _Flight:
 
 
 class Engine:
-    """Owns a group of ranks: start, step loop, streams, deadlines, restart. `start` comes before everything else.
+    """Owns a group of ranks: start, step loop, streams, deadlines, restart. `start` comes before everything
+    else.
 
     config: validated. group: the ranks; None = Ray actors of `cluster.shard.Shard`.
     """
@@ -76,7 +79,8 @@ class Engine:
     async def start(self) -> EngineInfo:
         """Load the model, answer one request, and begin to serve. Again: only the info.
 
-        Raises SptsError for the user's faults (ConfigError, ModelError, ProxyError) and EngineError for the rest.
+        Raises SptsError for the user's faults (ConfigError, ModelError, ProxyError) and EngineError for the
+        rest.
         """
         async with self._start_lock:
             if self._info is None:
@@ -98,13 +102,15 @@ class Engine:
 
     async def run(self, request: Request) -> Result:
         """The whole answer at once. Raises EngineError."""
-        async for chunk in self.generate(request):
-            if chunk.result is not None:
-                return chunk.result
+        async with aclosing(self.generate(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.result is not None:
+                    return chunk.result
         raise AssertionError("a stream ends with a result or raises")
 
-    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
-        """Stream the answer. Raises EngineError, also after the first chunk. Leaving the stream aborts the request."""
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """Stream the answer. Raises EngineError, also after the first chunk. Leaving the stream aborts the
+        request."""
         flight = self._admit(request)
         try:
             while True:
@@ -118,11 +124,13 @@ class Engine:
             self._drop(request.request_id)
 
     async def abort(self, request_id: str) -> None:
-        """End a request; its stream raises EngineError "unavailable". Unknown ids are ignored: it may have ended."""
+        """End a request; its stream raises EngineError "unavailable". Unknown ids are ignored: it may have
+        ended."""
         self._fail(request_id, EngineError("unavailable", "the request was aborted"))
 
     async def check_health(self) -> None:
-        """Raise EngineError unless this engine serves, or is about to. Serve replaces the replica when it raises."""
+        """Raise EngineError unless this engine serves, or is about to. Serve replaces the replica when it
+        raises."""
         if self._state in ("failed", "stopped"):
             raise EngineError("unavailable", f"the engine has {self._state}; replace it")
 
@@ -139,7 +147,7 @@ class Engine:
         await self._group.stop()
         self._group.close()
 
-    # -- admission ------------------------------------------------------------------------------------------------
+    # -- admission -------------------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> _Flight:
         if self._state != "ready" or self._info is None or self._scheduler is None:
@@ -148,14 +156,17 @@ class Engine:
         if request.request_id in self._flights:
             raise EngineError(
                 "invalid_request",
-                f"request_id must be unique, got {request.request_id!r} while it is in flight; choose another",
+                f"request_id must be unique, got {request.request_id!r} while it is in flight; choose "
+                "another",
                 "request_id",
             )
         self._scheduler.admit(request.request_id)
         flight = _Flight(request=request, arrived=time.perf_counter())
         self._flights[request.request_id] = flight
         if request.deadline_s is not None:
-            late = EngineError("deadline", f"the answer must take at most {request.deadline_s:g} s; it took longer")
+            late = EngineError(
+                "deadline", f"the answer must take at most {request.deadline_s:g} s; it took longer"
+            )
             flight.timer = asyncio.get_running_loop().call_later(
                 request.deadline_s, self._fail, request.request_id, late
             )
@@ -184,7 +195,7 @@ class Engine:
         for request_id in list(self._flights):
             self._fail(request_id, error)
 
-    # -- the step loop --------------------------------------------------------------------------------------------
+    # -- the step loop ---------------------------------------------------------------------------------------
 
     async def _run_steps(self) -> None:
         try:
@@ -207,7 +218,9 @@ class Engine:
         except Exception as error:  # the loop is the engine: whatever ends it must end the requests too
             self._state = "failed"
             logger.exception("the engine has failed")
-            message = str(error) if isinstance(error, EngineError) else "the step loop failed; see the engine's log"
+            message = (
+                str(error) if isinstance(error, EngineError) else "the step loop failed; see the engine's log"
+            )
             self._fail_all(EngineError("unavailable", message))
 
     def _schedule(self) -> Step | None:
@@ -263,7 +276,7 @@ class Engine:
             return "stop"
         return "length" if len(flight.token_ids) == flight.request.max_new_tokens else None
 
-    # -- start and restart ----------------------------------------------------------------------------------------
+    # -- start and restart -----------------------------------------------------------------------------------
 
     async def _start_group(self) -> None:
         config = self._config
@@ -286,11 +299,14 @@ class Engine:
     async def _warm_up(self) -> None:
         """One token, dense: what is slow the first time is slow now, and "ready" has been seen to be true."""
         await self.run(
-            Request(request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling())
+            Request(
+                request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling()
+            )
         )
 
     async def _restart(self, reason: EngineError) -> None:
-        """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed tries."""
+        """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed
+        tries."""
         self._state = "starting"
         self._fail_all(reason)
         for task in self._tasks[1:]:  # all but the step loop, which is the caller
@@ -307,42 +323,6 @@ class Engine:
                 self.num_restarts += 1
                 return
         raise EngineError("unavailable", f"the ranks did not start again: {reason.message}")
-
-
-def check_request(request: Request, info: EngineInfo) -> None:
-    """Raise EngineError unless `request` can be computed by the engine that `info` describes. No compute."""
-    prompt = len(request.token_ids)
-    if prompt == 0:
-        raise EngineError("invalid_request", "prompt must have at least one token, got 0; send one", "prompt")
-    wrong = next((t for t in request.token_ids if not 0 <= t < info.vocab_size), None)
-    if wrong is not None:
-        raise EngineError(
-            "invalid_request",
-            f"prompt must hold token ids from 0 to {info.vocab_size - 1}, got {wrong}; use the model's tokenizer",
-            "prompt",
-        )
-    if request.max_new_tokens < 1:
-        raise EngineError(
-            "invalid_request", f"max_tokens must be at least 1, got {request.max_new_tokens}; ask for one", "max_tokens"
-        )
-    if prompt + request.max_new_tokens > info.max_context:
-        raise EngineError(
-            "context_length_exceeded",
-            f"prompt + max_tokens must be at most {info.max_context} tokens, got {prompt} + {request.max_new_tokens}"
-            f" = {prompt + request.max_new_tokens}; shorten the prompt or ask for fewer tokens",
-            "max_tokens" if prompt < info.max_context else "prompt",
-        )
-    if request.method.needs_proxies and not info.has_proxies:
-        raise EngineError(
-            "invalid_request",
-            f"method must not need proxies on a model without them, got {request.method.name!r}; "
-            "fit them with python -m jobs.calibrate, or use dense",
-            "method",
-        )
-    try:
-        request.method.schedule_for(info.shape.num_layers)
-    except SptsError as error:
-        raise EngineError("invalid_request", str(error), error.field) from None
 
 
 def _result(flight: _Flight, reason: FinishReason, now: float) -> Result:

@@ -19,8 +19,8 @@ from spts.errors import ConfigError, SptsError
 
 logger = logging.getLogger(__name__)
 
-# After one rank fails, how long to wait for news that another one died: its peers may notice first, and then the
-# death, not their broken collective, is the reason.
+# After one rank fails, how long to wait for news that another one died: its peers may notice first, and then
+# the death, not their broken collective, is the reason.
 GRACE_S = 2.0
 
 
@@ -31,7 +31,8 @@ class Group(Protocol):
         """Load the model on every rank. Raises SptsError for the user's faults, EngineError "unavailable"."""
 
     async def step(self, step: Step) -> StepOutput:
-        """Run `step` on every rank and return rank 0's answer. Raises EngineError: afterwards only `stop` is allowed.
+        """Run `step` on every rank and return rank 0's answer. Raises EngineError: afterwards only `stop` is
+        allowed.
 
         "unavailable": a rank died or hangs. "internal": a rank raised.
         """
@@ -47,23 +48,26 @@ class Group(Protocol):
 
 
 class RayGroup:
-    """`config.tensor_parallel_size` actors of `Shard`, one per bundle of a placement group.
+    """`config.tensor_parallel_size` actors of `shard`, one per bundle of a placement group.
 
-    Under Serve the replica's own placement group is used; elsewhere one is created, and goes with its creator.
+    Under Serve the replica's own placement group is used; elsewhere one is created, and goes with its
+    creator.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, shard: type[Shard] = Shard) -> None:
         self._config = config
+        self._shard = shard
         self._ranks: list[Any] = []
         self._watches: list[asyncio.Future[None]] = []
         self._placement: PlacementGroup | None = None
         self._owns_placement = False
 
     async def start(self) -> EngineInfo:
+        """Place and load the ranks; see `Group`."""
         config = self._config
         group = await self._place()
         resources = placement.rank_resources(device=config.device, num_threads=config.num_threads)
-        actor = ray.remote(concurrency_groups={"watch": 1})(Shard)
+        actor = ray.remote(concurrency_groups={"watch": 1})(self._shard)
         self._ranks = [
             actor.options(
                 num_cpus=resources["CPU"],
@@ -76,17 +80,26 @@ class RayGroup:
         ]
         self._watches = [asyncio.ensure_future(_until_dead(rank.watch.remote())) for rank in self._ranks]
         address = (await self._together([self._ranks[0].host.remote()], config.start_timeout_s))[0]
-        infos = await self._together([rank.load.remote(address) for rank in self._ranks], config.start_timeout_s)
+        infos = await self._together(
+            [rank.load.remote(address) for rank in self._ranks], config.start_timeout_s
+        )
         return infos[0]
 
     async def step(self, step: Step) -> StepOutput:
-        answers = await self._together([rank.step.remote(step) for rank in self._ranks], self._config.step_timeout_s)
+        """Call every rank; see `Group`."""
+        calls = [rank.step.remote(step) for rank in self._ranks]
+        try:
+            answers = await self._together(calls, self._config.step_timeout_s)
+        except SptsError as error:  # requests were checked: by now it is a bug of ours, not the user's fault
+            raise EngineError("internal", f"a rank of the engine failed: {error}") from error
         return answers[0]
 
     async def wait_lost(self) -> None:
+        """Return when a rank has died; see `Group`."""
         await asyncio.wait(self._watches, return_when=asyncio.FIRST_COMPLETED)
 
     async def stop(self) -> None:
+        """Kill every rank and wait until they are gone; see `Group`."""
         ranks, self._ranks = self._ranks, []
         watches, self._watches = self._watches, []
         for rank in ranks:
@@ -95,6 +108,7 @@ class RayGroup:
             await asyncio.wait(watches, timeout=30)
 
     def close(self) -> None:
+        """Give back the placement group, if it is ours; see `Group`."""
         for rank in self._ranks:
             ray.kill(rank)
         if self._placement is not None and self._owns_placement:
@@ -130,10 +144,9 @@ class RayGroup:
         """The results of one call on several ranks, or the reason why there are none."""
         calls = [asyncio.ensure_future(_result(ref)) for ref in refs]
         everyone = asyncio.gather(*calls)
+        news: list[asyncio.Future[Any]] = [everyone, *self._watches]
         try:
-            done, _ = await asyncio.wait(
-                [everyone, *self._watches], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait(news, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if everyone in done and everyone.exception() is None:
                 return everyone.result()
             if not done:
@@ -144,7 +157,9 @@ class RayGroup:
                 raise cause
             if not any(watch.done() for watch in self._watches):
                 await asyncio.wait(self._watches, timeout=GRACE_S, return_when=asyncio.FIRST_COMPLETED)
-            if any(watch.done() for watch in self._watches) or isinstance(fault, ray.exceptions.RayActorError):
+            if any(watch.done() for watch in self._watches) or isinstance(
+                fault, ray.exceptions.RayActorError
+            ):
                 raise EngineError("unavailable", "a rank of the engine died; retry later")
             logger.error("a rank failed", exc_info=fault)
             raise EngineError("internal", "a rank of the engine failed; see the engine's log")

@@ -1,4 +1,5 @@
-"""Where the ranks of a group go: resource bundles, strategy, and the sizes that cannot be split. Pure functions."""
+"""Where the ranks of a group go: resource bundles, strategy, and the sizes that cannot be split. Pure
+functions."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def rank_resources(*, device: Literal["cpu", "cuda"], num_threads: int) -> dict[
 
 
 def bundles(*, world_size: int, device: Literal["cpu", "cuda"], num_threads: int) -> list[dict[str, float]]:
-    """One placement-group bundle per rank, in rank order. The engine itself asks for nothing and sits in bundle 0.
+    """One placement-group bundle per rank, in rank order. The engine itself asks for nothing and sits in
+    bundle 0.
 
     >>> bundles(world_size=2, device="cpu", num_threads=1)
     [{'CPU': 1.0}, {'CPU': 1.0}]
@@ -41,7 +43,8 @@ def strategy(*, device: Literal["cpu", "cuda"]) -> Literal["STRICT_PACK", "PACK"
 
 
 def check_divisible(shape: ModelShape, world_size: int) -> None:
-    """Raise ConfigError unless every rank gets the same whole number of query heads, key/value heads and FFN channels.
+    """Raise ConfigError unless every rank gets the same whole number of query heads, key/value heads and FFN
+    channels.
 
     4 query heads and 2 key/value heads split over 1 or 2 ranks; over 4 ranks the key/value heads do not.
     """

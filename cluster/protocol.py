@@ -1,4 +1,5 @@
-"""What crosses actor boundaries: small frozen dataclasses of plain data, and the one error type with its kinds.
+"""What crosses actor boundaries: small frozen dataclasses of plain data, and the one error type with its
+kinds.
 
 Standard library and spts's torch-free modules only: the router and the scheduler import this.
 """
@@ -28,8 +29,12 @@ class EngineError(Exception):
 
     def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:
         if kind not in ERROR_KINDS:
-            raise ValueError(f"kind must be one of {', '.join(ERROR_KINDS)}, got {kind!r}; choose one of them")
-        super().__init__(kind, message, param)  # all of them in args: that is what pickle calls the class with
+            raise ValueError(
+                f"kind must be one of {', '.join(ERROR_KINDS)}, got {kind!r}; choose one of them"
+            )
+        super().__init__(
+            kind, message, param
+        )  # all of them in args: that is what pickle calls the class with
         self.kind: ErrorKind = kind
         self.message = message
         self.param = param
@@ -58,10 +63,10 @@ class Request:
 class Result:
     """A finished request, and what it cost as measured.
 
-    queue_s: arrival to the start of prefill. ttft_s: arrival to the first token. decode_s: first token to last.
-    total_s: arrival to last token. work: per layer, what the prefill really did. kv_tokens: prompt tokens in the KV
-    cache, summed over layers. kv_bytes, flops: of the prompt, over all ranks; dense_*: of a dense prefill of the
-    same prompt. logprobs: one entry per token when they were asked for, else None.
+    queue_s: arrival to the start of prefill. ttft_s: arrival to the first token. decode_s: first token to
+    last. total_s: arrival to last token. work: per layer, what the prefill really did. kv_tokens: prompt
+    tokens in the KV cache, summed over layers. kv_bytes, flops: of the prompt, over all ranks; dense_*: of a
+    dense prefill of the same prompt. logprobs: one entry per token when they were asked for, else None.
     """
 
     request_id: str
@@ -94,7 +99,8 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank 0."""
+    """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank
+    0."""
 
     model_name: str
     fingerprint: str
@@ -147,7 +153,8 @@ class Prefilled:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """Rank 0's answer to a `Step`. refused: requests the model would not start, and why; nothing ran for them."""
+    """Rank 0's answer to a `Step`. refused: requests the model would not start, and why; nothing ran for
+    them."""
 
     tokens: tuple[NewToken, ...] = ()
     prefilled: Prefilled | None = None

@@ -1,7 +1,8 @@
 """Who runs in the next step. Pure Python: no torch, no ray, no clock.
 
-First come, first served; one prefill at a time, in slices of layers, so that running requests get a token between
-two slices; every running request decodes in every step. A request is waiting, then in prefill, then running.
+First come, first served; one prefill at a time, in slices of layers, so that running requests get a token
+between two slices; every running request decodes in every step. A request is waiting, then in prefill, then
+running.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from cluster.protocol import EngineError
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One step. start: the request whose prefill begins with it. advance: (request in prefill, layers to run).
+    """One step. start: the request whose prefill begins with it. advance: (request in prefill, layers to
+    run).
 
     decode: running requests, in the order they were admitted.
     """
@@ -52,12 +54,14 @@ class Scheduler:
         return len(self._running) + (self._prefill is not None)
 
     def admit(self, request_id: str) -> None:
-        """Queue a new request. Raises EngineError "overloaded" when max_running + max_waiting are in flight."""
+        """Queue a new request. Raises EngineError "overloaded" when max_running + max_waiting are in
+        flight."""
         limit = self._max_running + self._max_waiting
         if self.num_running + self.num_waiting >= limit:
             raise EngineError(
                 "overloaded",
-                f"requests in flight must be at most {limit} ({self._max_running} running and {self._max_waiting} "
+                f"requests in flight must be at most {limit} ({self._max_running} running and "
+                f"{self._max_waiting} "
                 f"waiting), got one more; retry later",
             )
         self._waiting.append(request_id)
@@ -77,7 +81,8 @@ class Scheduler:
         Worked example: 8 layers, slices of 4, requests a and b admitted, no end in sight for either.
 
             step 1: start a, advance (a, 4)                  step 3: start b, advance (b, 4), decode (a)
-            step 2: advance (a, 4); a's first token          step 4: advance (b, 4), decode (a); b's first token
+            step 2: advance (a, 4); a's first token          step 4: advance (b, 4), decode (a); b's first
+            token
                                                              step 5: decode (a, b)
         """
         decode = tuple(self._running)
