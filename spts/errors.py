@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class SptsError(ValueError):
     """Base of every error this library raises for its user; `field` names the faulty input when there is one."""
@@ -29,3 +31,7 @@ class RequestError(SptsError):
     def __init__(self, message: str, *, code: str, field: str | None = None) -> None:
         super().__init__(message, field=field)
         self.code = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # An exception is unpickled by calling its class with its positional arguments, and `code` is not one.
+        return partial(RequestError, code=self.code, field=self.field), self.args
