@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class SptsError(ValueError):
     """Base of every error this library raises for its user; `field` names the faulty input when there is one."""
@@ -29,3 +31,7 @@ class RequestError(SptsError):
     def __init__(self, message: str, *, code: str, field: str | None = None) -> None:
         super().__init__(message, field=field)
         self.code = code
+
+    def __reduce__(self) -> tuple[partial[RequestError], tuple[object, ...]]:
+        # Exceptions are rebuilt from their positional arguments alone, and `code` is not one of them.
+        return partial(type(self), code=self.code, field=self.field), self.args

@@ -1,0 +1,299 @@
+"""What a prefill costs: FLOP, KV bytes and collective bytes, counted from what each layer did.
+
+`LayerWork` says what happened in one layer. `planned_work` predicts it from a schedule before the prompt runs
+(budgets are counts, so the prediction is exact), `spts.layer` reports it, and every cost here is counted from
+it: one set of formulas for all methods, predicted or measured.
+
+FLOP are those of matrix products, a multiply-add being 2: norms, RoPE, softmax, activations, gathers and
+sorts are left out. Causal attention over N tokens counts 2 * N^2 * H * d, half of the full square. Standard
+library only.
+
+Legend: D hidden size, F FFN inner size, H query heads, Hk key/value heads, d head size, V vocabulary, C
+candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from spts.schedule import Schedule, config_error, require_int
+
+_SCORE_BYTES = 4  # scores are float32
+_INDEX_BYTES = 8  # selected indices are int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder-only model that its cost depends on; head counts are the model's, not one
+    rank's.
+
+    Raises ConfigError when a size is not an integer of at least 1, or the query heads do not share the
+    key/value heads evenly.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            require_int(field.name, getattr(self, field.name), minimum=1)
+        if self.num_heads % self.num_kv_heads:
+            raise config_error(
+                "num_heads",
+                f"be a multiple of num_kv_heads = {self.num_kv_heads}",
+                self.num_heads,
+                "correct it",
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> ModelShape:
+        """The shape in a Hugging Face `config.json`. Absent (or null), `num_key_value_heads` is the number of
+        query heads and `head_dim` is hidden_size / num_attention_heads. Raises ConfigError naming a missing
+        key."""
+
+        def size(key: str, default: object = None) -> int:
+            value = config.get(key)
+            value = default if value is None else value
+            require_int(f"config.{key}", value, minimum=1)
+            assert isinstance(value, int)
+            return value
+
+        num_heads, hidden_size = size("num_attention_heads"), size("hidden_size")
+        return cls(
+            num_layers=size("num_hidden_layers"),
+            hidden_size=hidden_size,
+            intermediate_size=size("intermediate_size"),
+            num_heads=num_heads,
+            num_kv_heads=size("num_key_value_heads", num_heads),
+            head_dim=size("head_dim", hidden_size // num_heads),
+            vocab_size=size("vocab_size"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyShape:
+    """Size of one layer's FFN proxy (LTP): D_low channels kept, rank r of its factors."""
+
+    channels: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        require_int("channels", self.channels, minimum=1)
+        require_int("rank", self.rank, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWork:
+    """What one layer did in a prefill, in tokens.
+
+    candidates: tokens alive when it started. attention_tokens, ffn_tokens: those that ran each block.
+    probed: PAP ran, so K was projected for every candidate. proxied: the LTP proxy ran on every candidate.
+    """
+
+    candidates: int
+    attention_tokens: int
+    ffn_tokens: int
+    probed: bool
+    proxied: bool
+
+
+def planned_work(
+    schedule: Schedule, num_tokens: int, *, probe: bool = True, proxy: bool = True
+) -> list[LayerWork]:
+    """What each layer will do for a prompt of `num_tokens` tokens, in layer order.
+
+    probe, proxy: what the method reads (`Method.probes`, `Method.needs_proxies`). A layer whose budget covers
+    its candidates runs dense; it probes only if it has to cut the candidates, and never asks the proxy.
+
+    Worked example: 3 layers, first_skip_layer 1, stages (last_layer=1, active_tokens=40, keep_tokens=30) and
+    (last_layer=2, active_tokens=40).
+
+        num_tokens 100    layer 0: 100 of 100   layer 1: 40 of 100, probed, proxied   layer 2: 30 of 30
+        num_tokens 35     layer 0: 35 of 35     layer 1: 35 of 35, probed             layer 2: 30 of 30
+        num_tokens 30     all 30 of 30, nothing probed
+    """
+    require_int("num_tokens", num_tokens, minimum=1)
+    work: list[LayerWork] = []
+    candidates = num_tokens
+    for layer in range(schedule.num_layers):
+        active = min(schedule.active_tokens(layer) or candidates, candidates)
+        kept = min(schedule.keep_tokens(layer) or candidates, candidates)
+        skips, cuts = active < candidates, kept < candidates
+        work.append(
+            LayerWork(
+                candidates=candidates,
+                attention_tokens=active,
+                ffn_tokens=active,
+                probed=probe and (skips or cuts),
+                proxied=proxy and skips,
+            )
+        )
+        candidates = kept
+    return work
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFlops:
+    """FLOP of one layer by component.
+
+    key: of every candidate where the layer probed. probe: the last token's query and its product with the
+    candidates' keys. proxy: the LTP scores. All else: of the tokens that ran.
+    """
+
+    query: int
+    key: int
+    value: int
+    output: int
+    attention: int
+    probe: int
+    proxy: int
+    ffn: int
+
+    @property
+    def total(self) -> int:
+        """FLOP of the layer."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """FLOP of a prefill: one entry per layer, and one row of the LM head."""
+
+    layers: tuple[LayerFlops, ...]
+    lm_head: int
+
+    @property
+    def total(self) -> int:
+        """FLOP of the prefill."""
+        return self.lm_head + sum(layer.total for layer in self.layers)
+
+    @property
+    def by_component(self) -> dict[str, int]:
+        """FLOP summed over the layers, by the names in LayerFlops, and "lm_head"; adds up to `total`."""
+        names = [field.name for field in fields(LayerFlops)]
+        sums = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
+        return {**sums, "lm_head": self.lm_head}
+
+
+def prefill_flops(shape: ModelShape, work: Sequence[LayerWork], proxy: ProxyShape | None = None) -> Flops:
+    """FLOP of a prefill that did `work`, on a model of `shape` with proxies of size `proxy`.
+
+    Raises ConfigError when `work` has not one entry per layer, or says that a proxy ran and `proxy` is None.
+    """
+    _check_depth(shape, work)
+    if proxy is None and any(layer.proxied for layer in work):
+        raise config_error(
+            "proxy", "be given when a layer ran its proxy", "None", "pass the proxies' ProxyShape"
+        )
+    return Flops(
+        layers=tuple(_layer_flops(shape, layer, proxy) for layer in work),
+        lm_head=2 * shape.hidden_size * shape.vocab_size,
+    )
+
+
+def _layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) -> LayerFlops:
+    q_row = 2 * shape.hidden_size * shape.num_heads * shape.head_dim
+    kv_row = 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
+    attended = 2 * shape.num_heads * shape.head_dim
+    proxy_row = 0
+    if work.proxied and proxy is not None:
+        # D x 2r (gate and up share their input), r x D_low twice, D_low x r; r x D is never needed for a
+        # norm.
+        proxy_row = 2 * proxy.rank * (2 * shape.hidden_size + 3 * proxy.channels)
+    return LayerFlops(
+        query=q_row * work.attention_tokens,
+        key=kv_row * (work.candidates if work.probed else work.attention_tokens),
+        value=kv_row * work.attention_tokens,
+        output=q_row * work.attention_tokens,
+        attention=attended * work.attention_tokens**2,
+        probe=q_row + attended * work.candidates if work.probed else 0,
+        proxy=proxy_row * work.candidates,
+        ffn=6 * shape.hidden_size * shape.intermediate_size * work.ffn_tokens,
+    )
+
+
+def dense_flops(shape: ModelShape, num_tokens: int) -> Flops:
+    """FLOP of a dense prefill of `num_tokens` tokens."""
+    return prefill_flops(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens))
+
+
+def speedup(shape: ModelShape, work: Sequence[LayerWork], proxy: ProxyShape | None = None) -> float:
+    """FLOP of a dense prefill of the same prompt over those of `work`: the speed-up that FLOP alone allow."""
+    return dense_flops(shape, work[0].candidates).total / prefill_flops(shape, work, proxy).total
+
+
+def kv_tokens(work: Sequence[LayerWork]) -> int:
+    """Tokens in the KV cache after the prefill, summed over layers: a layer caches those that ran its
+    attention."""
+    return sum(layer.attention_tokens for layer in work)
+
+
+def kv_bytes(shape: ModelShape, work: Sequence[LayerWork], dtype_bytes: int) -> int:
+    """Bytes of keys and values after the prefill, over all layers and ranks. dtype_bytes: of one element."""
+    _check_depth(shape, work)
+    return kv_tokens(work) * 2 * shape.num_kv_heads * shape.head_dim * dtype_bytes
+
+
+def dense_kv_bytes(shape: ModelShape, num_tokens: int, dtype_bytes: int) -> int:
+    """Bytes of keys and values after a dense prefill of `num_tokens` tokens."""
+    return kv_bytes(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens), dtype_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectiveBytes:
+    """Bytes that a rank hands to collectives in a prefill (payload; what crosses a link depends on the
+    algorithm).
+
+    hidden: all-reduce of the outputs of attention and FFN, two per layer, as in any tensor-parallel model.
+    scores: all-reduce of float32 scores, one for every probe and every proxy. selection: broadcast of int64
+    indices, one for every choice of tokens. The last two are what token skipping adds.
+    """
+
+    hidden: int
+    scores: int
+    selection: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all collectives."""
+        return self.hidden + self.scores + self.selection
+
+
+def collective_bytes(
+    shape: ModelShape, work: Sequence[LayerWork], *, dtype_bytes: int, world_size: int
+) -> CollectiveBytes:
+    """What each of `world_size` ranks hands to collectives in the layers; nothing when there is one rank.
+
+    A cut is read off the next layer's candidates, so one after the last layer is not counted.
+    """
+    _check_depth(shape, work)
+    require_int("world_size", world_size, minimum=1)
+    if world_size == 1:
+        return CollectiveBytes(hidden=0, scores=0, selection=0)
+    selected = 0
+    for layer, after in zip(work, [*work[1:], work[-1]], strict=True):
+        for chosen in (layer.attention_tokens, layer.ffn_tokens, after.candidates):
+            selected += chosen if chosen < layer.candidates else 0
+    return CollectiveBytes(
+        hidden=sum(layer.attention_tokens + layer.ffn_tokens for layer in work)
+        * shape.hidden_size
+        * dtype_bytes,
+        scores=sum((layer.probed + layer.proxied) * layer.candidates for layer in work) * _SCORE_BYTES,
+        selection=selected * _INDEX_BYTES,
+    )
+
+
+def _check_depth(shape: ModelShape, work: Sequence[LayerWork]) -> None:
+    if len(work) != shape.num_layers:
+        raise config_error(
+            "work",
+            f"have one entry for each of {shape.num_layers} layers",
+            len(work),
+            "use this model's schedule",
+        )

@@ -1,0 +1,225 @@
+"""What a run compares: frozen dataclasses whose fields are the hyper-parameters and whose repr is the record.
+
+A method answers with scores, never with indices. Budget, forced last token, tie rule and order are the same
+for all of them (`spts.select`), so that two methods at one schedule differ in nothing but the choice of
+tokens.
+
+Shape suffix: T candidates of the layer. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from spts.errors import ConfigError
+from spts.schedule import Schedule, check_keys, config_error, require_int
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Signals(Protocol):
+    """What one layer can tell about its candidates, computed when first asked for; built by `spts.layer`."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[T] int64, ascending: the candidates' positions in the prompt."""
+
+    def attention(self) -> Tensor:
+        """[T] float32: head mean of the last token's attention over the candidates (PAP)."""
+
+    def ffn_norm(self) -> Tensor:
+        """[T] float32: the proxy's estimate of the norm of the FFN's output (LTP)."""
+
+    def random(self, seed: int) -> Tensor:
+        """[T] float32 in [0, 1): noise fixed by (seed, layer, position), the same on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """One answer to "which candidates run here". Scores are [T] float32; the highest run, or stay candidates.
+
+    name: its name in records, YAML and requests.
+    probes: it reads the attention probe, so K is projected for all candidates of a layer that chooses.
+    needs_proxies: it reads the FFN proxies, which have to be fitted for the model first.
+    """
+
+    name: ClassVar[str]
+    probes: ClassVar[bool] = False
+    needs_proxies: ClassVar[bool] = False
+
+    @abstractmethod
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule to run on a model of `num_layers` layers.
+
+        Raises ConfigError when this method's schedule is for another depth.
+        """
+
+    @abstractmethod
+    def attention_scores(self, signals: Signals) -> Tensor:
+        """[T]: which tokens run this layer's attention."""
+
+    @abstractmethod
+    def ffn_scores(self, signals: Signals) -> Tensor:
+        """[T]: which tokens run this layer's FFN."""
+
+    @abstractmethod
+    def prune_scores(self, signals: Signals) -> Tensor:
+        """[T]: which tokens stay candidates after this layer, the last of its stage."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON data that `from_dict` reads back to an equal method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Method):
+    """Every layer runs every token: the model as published."""
+
+    name: ClassVar[str] = "dense"
+
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The dense schedule of that depth."""
+        return Schedule.dense(num_layers)
+
+    def attention_scores(self, signals: Signals) -> Tensor:
+        """Never asked: no layer of a dense schedule chooses tokens."""
+        raise AssertionError("a dense schedule never chooses tokens")
+
+    ffn_scores = prune_scores = attention_scores
+
+    def to_dict(self) -> dict[str, object]:
+        """{"name": "dense"}."""
+        return {"name": self.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scheduled(Method):
+    """A method that runs under a schedule written for one depth."""
+
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise config_error(
+                "schedule", "be a Schedule", repr(self.schedule), "use Schedule.preset or Schedule.from_dict"
+            )
+
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule itself; ConfigError when it is for another depth."""
+        if self.schedule.num_layers != num_layers:
+            raise config_error(
+                "schedule.num_layers",
+                f"equal the model's {num_layers} layers",
+                self.schedule.num_layers,
+                f"use schedule.scaled(num_layers={num_layers}, num_tokens=...)",
+            )
+        return self.schedule
+
+    def to_dict(self) -> dict[str, object]:
+        """The name and the whole schedule."""
+        return {"name": self.name, "schedule": self.schedule.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spts(_Scheduled):
+    """Self-Predictive Token Skipping, arXiv 2601.13155.
+
+    Attention (PAP): S_mha[n] = mean over heads of softmax_n(q_last · K[n] / sqrt(d)).
+    FFN (LTP): S_ffn[n] = ‖proxy(y[n])‖ · S_mha[n], so a token is skipped only if it is both unimportant and
+    nearly unchanged. Pruning (MSDP): S_mha of the stage's last layer.
+    """
+
+    name: ClassVar[str] = "spts"
+    probes: ClassVar[bool] = True
+    needs_proxies: ClassVar[bool] = True
+
+    def attention_scores(self, signals: Signals) -> Tensor:
+        """S_mha of this layer."""
+        return signals.attention()
+
+    def ffn_scores(self, signals: Signals) -> Tensor:
+        """S_ffn of this layer."""
+        return signals.ffn_norm() * signals.attention()
+
+    def prune_scores(self, signals: Signals) -> Tensor:
+        """S_mha of this layer, the freshest signal there is."""
+        return signals.attention()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(_Scheduled):
+    """Control: a uniform choice of the same size, drawn anew at every layer for each of the three questions.
+
+    seed: at least 0; the same seed chooses the same tokens on every run and rank.
+    """
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int("seed", self.seed, minimum=0)
+
+    # Attention, FFN and pruning each have a stream of their own: three of the layer's seeds for one of ours.
+    def attention_scores(self, signals: Signals) -> Tensor:
+        """Noise of the layer's attention stream."""
+        return signals.random(3 * self.seed)
+
+    def ffn_scores(self, signals: Signals) -> Tensor:
+        """Noise of the layer's FFN stream."""
+        return signals.random(3 * self.seed + 1)
+
+    def prune_scores(self, signals: Signals) -> Tensor:
+        """Noise of the layer's pruning stream."""
+        return signals.random(3 * self.seed + 2)
+
+    def to_dict(self) -> dict[str, object]:
+        """The name, the whole schedule and the seed."""
+        return {**super().to_dict(), "seed": self.seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recency(_Scheduled):
+    """Control: the latest tokens of the prompt, S[n] = position of n."""
+
+    name: ClassVar[str] = "recency"
+
+    def attention_scores(self, signals: Signals) -> Tensor:
+        """The candidates' positions; float32 holds them exactly up to 2^24."""
+        return signals.positions.float()
+
+    ffn_scores = prune_scores = attention_scores
+
+
+METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Dense, Spts, Random, Recency)}
+
+
+def from_dict(data: Mapping[str, object]) -> Method:
+    """The method that `to_dict` wrote: {"name": "spts", "schedule": {...}}.
+
+    Raises ConfigError for an unknown name (listing the known ones), unknown or missing keys, or a faulty
+    schedule.
+    """
+    if not isinstance(data, Mapping) or "name" not in data:
+        raise config_error("method", "be a mapping with the key name", repr(data), "add it")
+    name = data["name"]
+    if not isinstance(name, str) or name not in METHODS:
+        raise config_error("method.name", f"be one of {', '.join(METHODS)}", repr(name), "choose one of them")
+    cls = METHODS[name]
+    check_keys(
+        "method",
+        data,
+        required=("name", *(field.name for field in fields(cls) if field.default is MISSING)),
+        optional=[field.name for field in fields(cls) if field.default is not MISSING],
+    )
+    values = {key: value for key, value in data.items() if key != "name"}
+    try:
+        if "schedule" in values:
+            values["schedule"] = Schedule.from_dict(values["schedule"])  # type: ignore[arg-type]  # it checks
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"method.{error}", field=f"method.{error.field}") from None

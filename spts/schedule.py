@@ -1,0 +1,320 @@
+"""Which layers skip, how many tokens stay active in each, and when candidates are pruned for good.
+
+A `Schedule` is numbers only: it says how much each layer computes, never which tokens. Method and budgets as
+in SPTS, arXiv 2601.13155 (multi-stage delayed pruning). Standard library only: every process can read one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+from spts.errors import ConfigError
+
+K = 1024  # tokens, the unit of the paper's budgets: with it the KV memory at 32K is the published -58.6 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A run of skipping layers that share one budget; it starts where the stage before it ends.
+
+    last_layer: index of its last layer, counted from 0.
+    active_tokens: M, tokens that run attention and tokens that run the FFN in each of its layers (a count,
+        not a ratio). A prompt with no more candidates than this runs dense here.
+    keep_tokens: size of the candidate set T after the stage's last layer; None = no cut.
+
+    Raises ConfigError when a number is not an integer, or is out of range.
+    """
+
+    last_layer: int
+    active_tokens: int
+    keep_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        require_int("last_layer", self.last_layer, minimum=0)
+        require_int("active_tokens", self.active_tokens, minimum=1)
+        if self.keep_tokens is not None:
+            require_int("keep_tokens", self.keep_tokens, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How many tokens each layer of one model runs.
+
+    Layers 0 … first_skip_layer - 1 run dense; then come the stages; layers after the last stage run dense
+    over the candidates that are left.
+
+    Budgets (`active_tokens`) and cuts (`keep_tokens`) may only shrink from stage to stage. A cut may be
+    larger than the budget of its own stage (the paper's wording leaves that open), and a budget larger than
+    the candidates left means that its layers run dense.
+
+    Worked example, 6 layers and a prompt of 100 tokens:
+
+        Schedule(num_layers=6, first_skip_layer=2,
+                 stages=(Stage(last_layer=3, active_tokens=40, keep_tokens=30),
+                         Stage(last_layer=4, active_tokens=10)))
+
+        layer                0    1    2    3    4    5
+        candidates         100  100  100  100   30   30
+        tokens that run    100  100   40   40   10   30
+
+    Raises ConfigError naming the field, the rule and the value.
+    """
+
+    num_layers: int
+    first_skip_layer: int
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        require_int("num_layers", self.num_layers, minimum=1)
+        require_int("first_skip_layer", self.first_skip_layer, minimum=0)
+        if not isinstance(self.stages, tuple) or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise config_error(
+                "stages", "be a tuple of Stage", repr(self.stages), "use Schedule.from_dict for plain data"
+            )
+        if self.first_skip_layer > self.num_layers:
+            raise config_error(
+                "first_skip_layer",
+                f"be at most num_layers = {self.num_layers}",
+                self.first_skip_layer,
+                f"{self.num_layers} means that no layer skips",
+            )
+        if not self.stages and self.first_skip_layer != self.num_layers:
+            raise config_error(
+                "first_skip_layer",
+                f"equal num_layers = {self.num_layers} when there are no stages",
+                self.first_skip_layer,
+                f"add a stage or use Schedule.dense({self.num_layers})",
+            )
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        first_free = self.first_skip_layer
+        budget: int | None = None
+        kept: int | None = None
+        for index, stage in enumerate(self.stages):
+            where = f"stages[{index}]"
+            if stage.last_layer >= self.num_layers:
+                raise config_error(
+                    f"{where}.last_layer",
+                    f"be below num_layers = {self.num_layers}",
+                    stage.last_layer,
+                    "layers are counted from 0",
+                )
+            if stage.last_layer < first_free:
+                origin = "first_skip_layer" if index == 0 else f"the layer after stages[{index - 1}]"
+                raise config_error(
+                    f"{where}.last_layer",
+                    f"be at least {first_free} ({origin})",
+                    stage.last_layer,
+                    "list the stages in layer order, each with one layer or more",
+                )
+            if budget is not None and stage.active_tokens > budget:
+                raise config_error(
+                    f"{where}.active_tokens",
+                    "not grow from stage to stage",
+                    f"{stage.active_tokens} after {budget}",
+                    f"use {budget} or less",
+                )
+            if kept is not None and stage.keep_tokens is not None and stage.keep_tokens > kept:
+                raise config_error(
+                    f"{where}.keep_tokens",
+                    "not grow from stage to stage",
+                    f"{stage.keep_tokens} after {kept}",
+                    f"use {kept} or less, or null for no cut",
+                )
+            first_free, budget = stage.last_layer + 1, stage.active_tokens
+            kept = kept if stage.keep_tokens is None else stage.keep_tokens
+
+    @classmethod
+    def dense(cls, num_layers: int) -> Schedule:
+        """The schedule under which every layer runs every token."""
+        return cls(num_layers=num_layers, first_skip_layer=num_layers, stages=())
+
+    @classmethod
+    def preset(cls, name: str) -> Schedule:
+        """A named schedule, at its own depth and reference length (`PRESETS[name].reference_tokens`).
+
+        Raises ConfigError listing the known names.
+        """
+        if name not in PRESETS:
+            raise config_error("preset", f"be one of {', '.join(PRESETS)}", repr(name), "choose one of them")
+        return PRESETS[name].schedule
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> Schedule:
+        """The inverse of `to_dict`. Unknown and missing keys are refused by name (ConfigError)."""
+        check_keys("schedule", data, required=("num_layers", "first_skip_layer", "stages"))
+        raw_stages = data["stages"]
+        if not isinstance(raw_stages, list | tuple):
+            raise config_error(
+                "schedule.stages", "be a list of stages", repr(raw_stages), "use [] for a dense schedule"
+            )
+        stages = []
+        for index, raw in enumerate(raw_stages):
+            where = f"schedule.stages[{index}]"
+            check_keys(where, raw, required=("last_layer", "active_tokens"), optional=("keep_tokens",))
+            try:
+                stages.append(Stage(**raw))
+            except ConfigError as error:
+                raise ConfigError(f"{where}.{error}", field=f"{where}.{error.field}") from None
+        try:
+            # __post_init__ checks what the type checker cannot.
+            return cls(**{**data, "stages": tuple(stages)})  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise ConfigError(f"schedule.{error}", field=f"schedule.{error.field}") from None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON data that `from_dict` reads back to an equal schedule."""
+        return {
+            "num_layers": self.num_layers,
+            "first_skip_layer": self.first_skip_layer,
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+
+    def scaled(
+        self, *, num_layers: int | None = None, num_tokens: int, reference_tokens: int = 32768
+    ) -> Schedule:
+        """This schedule for another depth and prompt length.
+
+        num_layers: depth of the model, None = the same. num_tokens: prompt length to run. reference_tokens:
+        prompt length that this schedule was written for. The result is valid for every depth and length of at
+        least 1, and is the schedule itself at its own depth and reference length.
+
+        - first_skip_layer scales with depth and rounds up: the share of layers that run dense never falls;
+        - the layer after each stage scales with depth and rounds half up;
+        - budgets and cuts scale by num_tokens / reference_tokens, round half up, and are at least 1;
+        - a stage left without layers vanishes, and its cut passes to the stage that now ends at the same
+          layer, so that later layers see as few candidates as they were meant to. Without such a stage the
+          cut is dropped.
+
+        Worked example, "llama-3.1-8b" (32 layers, reference 32,768) to 8 layers and 1,000 tokens:
+
+            first_skip_layer            10 -> ceil(2.5)                   = 3
+            stages end before layer     14, 19, 24, 29 -> 3.5, 4.75, 6, 7.25 = 4, 5, 6, 7
+            budgets                     9216, 7168, 4096, 2048            -> 281, 219, 125, 63
+            cuts                        8192, 6144, 3072, 1024            -> 250, 188, 94, 31
+
+        and to 4 layers: first_skip_layer ceil(1.25) = 2; the stages end before layers 2, 2, 3, 4. The first
+        two have no layer left and none before them to take their cut, so layer 2 runs with budget 125 (cut
+        94) and layer 3 with 63 (cut 31).
+
+        Raises ConfigError when a number is not an integer of at least 1.
+        """
+        depth = self.num_layers if num_layers is None else num_layers
+        require_int("num_layers", depth, minimum=1)
+        require_int("num_tokens", num_tokens, minimum=1)
+        require_int("reference_tokens", reference_tokens, minimum=1)
+
+        def tokens(count: int) -> int:
+            return max(1, _round_half_up(count * num_tokens, reference_tokens))
+
+        first_skip_layer = -(-self.first_skip_layer * depth // self.num_layers)
+        stages: list[Stage] = []
+        start = first_skip_layer
+        for stage in self.stages:
+            end = _round_half_up((stage.last_layer + 1) * depth, self.num_layers)
+            keep = None if stage.keep_tokens is None else tokens(stage.keep_tokens)
+            if end > start:
+                stages.append(
+                    Stage(last_layer=end - 1, active_tokens=tokens(stage.active_tokens), keep_tokens=keep)
+                )
+                start = end
+            elif stages and keep is not None:
+                stages[-1] = replace(stages[-1], keep_tokens=keep)
+        if not stages:
+            return Schedule.dense(depth)
+        return Schedule(num_layers=depth, first_skip_layer=first_skip_layer, stages=tuple(stages))
+
+    def active_tokens(self, layer: int) -> int | None:
+        """Budget M of layer `layer` (0-based), or None when it runs all its candidates."""
+        stage = self._stage_by_layer[layer]
+        return None if stage is None else stage.active_tokens
+
+    def keep_tokens(self, layer: int) -> int | None:
+        """Candidates to keep after layer `layer` (0-based); None unless it ends a stage that cuts."""
+        stage = self._stage_by_layer[layer]
+        return stage.keep_tokens if stage is not None and stage.last_layer == layer else None
+
+    @cached_property
+    def _stage_by_layer(self) -> dict[int, Stage | None]:
+        by_layer: dict[int, Stage | None] = dict.fromkeys(range(self.num_layers))
+        start = self.first_skip_layer
+        for stage in self.stages:
+            by_layer.update(dict.fromkeys(range(start, stage.last_layer + 1), stage))
+            start = stage.last_layer + 1
+        return by_layer
+
+
+def _round_half_up(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def config_error(field: str, rule: str, got: object, remedy: str) -> ConfigError:
+    """The house's error sentence: "<field> must <rule>, got <got>; <remedy>"."""
+    return ConfigError(f"{field} must {rule}, got {got}; {remedy}", field=field)
+
+
+def require_int(field: str, value: object, *, minimum: int) -> None:
+    """Raise ConfigError unless `value` is an integer (a bool is not) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise config_error(field, f"be an integer of at least {minimum}", repr(value), "correct it")
+
+
+def check_keys(
+    where: str, data: object, *, required: Collection[str], optional: Collection[str] = ()
+) -> None:
+    """Raise ConfigError unless `data` is a mapping with all `required` keys, and no others but `optional`."""
+    known = (*required, *optional)
+    if not isinstance(data, Mapping):
+        raise config_error(where, f"be a mapping with the keys {', '.join(known)}", repr(data), "correct it")
+    for key in data:
+        if key not in known:
+            raise config_error(
+                f"{where}.{key}",
+                f"be a known key ({', '.join(known)})",
+                repr(key),
+                "remove it or correct its name",
+            )
+    for key in required:
+        if key not in data:
+            raise config_error(f"{where}.{key}", "be given", "nothing", "add it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A schedule and the prompt length (tokens) it was written for; `Schedule.scaled` gives other lengths."""
+
+    schedule: Schedule
+    reference_tokens: int
+
+
+def _preset(
+    num_layers: int, first_skip_layer: int, reference_tokens: int, *stages: tuple[int, int, int]
+) -> Preset:
+    return Preset(
+        schedule=Schedule(
+            num_layers=num_layers,
+            first_skip_layer=first_skip_layer,
+            stages=tuple(
+                Stage(last_layer=last_layer, active_tokens=active, keep_tokens=keep)
+                for last_layer, active, keep in stages
+            ),
+        ),
+        reference_tokens=reference_tokens,
+    )
+
+
+PRESETS: Mapping[str, Preset] = {
+    "llama-3.1-8b": _preset(
+        32, 10, 32 * K, (13, 9 * K, 8 * K), (18, 7 * K, 6 * K), (23, 4 * K, 3 * K), (28, 2 * K, 1 * K)
+    ),
+    "qwen2.5-7b": _preset(
+        28, 9, 32 * K, (12, 13 * K, 11 * K), (16, 10 * K, 8 * K), (20, 7 * K, 5 * K), (24, 4 * K, 2 * K)
+    ),
+    "openpangu-1b": _preset(
+        26, 11, 32 * K, (13, 13 * K, 11 * K), (16, 10 * K, 8 * K), (19, 7 * K, 5 * K), (22, 4 * K, 2 * K)
+    ),
+    "demo-12l": _preset(12, 4, 4 * K, (6, 1024, 640), (8, 512, 320), (10, 256, 160)),
+}
