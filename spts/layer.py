@@ -89,7 +89,7 @@ class DecoderLayer:
         keep_tokens: int | None,
         trace: bool,
     ) -> tuple[LayerWork, LayerTrace | None]:
-        """Runs the layer on the candidates in `stream` (changed in place) and fills `cache` with the active tokens.
+        """Runs the layer on the candidates in `stream`, in place, and fills `cache` with the active tokens.
 
         `active_tokens` is the budget of the attention and of the FFN, None for all; `keep_tokens` the number
         of candidates left afterwards, None for all. Budgets of at least T cost nothing extra: the layer runs
@@ -167,7 +167,7 @@ class DecoderLayer:
         return self.block.self_attn.v_proj(h_TD).view(h_TD.shape[0], -1, self.head_dim)
 
     def feed_forward(self, y_TD: Tensor) -> Tensor:
-        """Output of the FFN, [T, D], for normed rows `y_TD`; under tensor parallelism already summed over the ranks."""
+        """Output of the FFN for normed rows `y_TD`, [T, D]; on several ranks already their sum."""
         mlp = self.block.mlp
         return mlp.down_proj(ops.gated_product(mlp.gate_proj(y_TD), mlp.up_proj(y_TD), mlp.act_fn))
 
@@ -249,7 +249,7 @@ class Signals:
         return self._ffn_norm_T
 
     def random(self, seed: int) -> Tensor:
-        """Uniform noise in [0, 1), float32 [T], fixed by (seed, layer, prompt length, position) on every device."""
+        """Uniform noise in [0, 1), float32 [T], fixed by seed, layer, prompt length and position."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + self._layer.index) % 2**63)
         noise_N = torch.rand(int(self.positions[-1]) + 1, generator=generator)
         return noise_N.to(self.positions.device)[self.positions]

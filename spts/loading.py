@@ -70,7 +70,7 @@ def load_transformers(folder: str | os.PathLike[str], *, dtype: str = "float32",
 def load_proxies(
     folder: str | os.PathLike[str], proxies: str | os.PathLike[str] | None, *, fingerprint: str
 ) -> Proxies | None:
-    """The proxies in `proxies`, else those in the model folder, else None. Raises ProxyError as `Proxies.load` does."""
+    """The proxies in `proxies`, else those in the model folder, else None; raises as `Proxies.load` does."""
     from spts.proxy import MANIFEST_FILE, Proxies
 
     if proxies is not None:
@@ -103,13 +103,14 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model must be a folder or a hub id, got {name}; there is no such folder and the hub answered: {error}",
+            f"model must be a folder or a hub id, got {name}; "
+            f"there is no such folder and the hub answered: {error}",
             field="model",
         ) from error
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises ModelError unless `folder` holds a supported `config.json` and safetensors weights, all shards of them."""
+    """Raises ModelError unless `folder` holds a supported `config.json` and all its safetensors weights."""
     path = Path(folder)
     if not path.is_dir():
         raise ModelError(f"model must be a folder, got {path}; no such folder", field="model")
@@ -117,7 +118,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     files = _weight_files(path)
     if not files:
         raise ModelError(
-            f"model must hold *.safetensors, got none in {path}; convert the weights, other formats are not read",
+            f"model must hold *.safetensors, got none in {path}; "
+            "convert the weights, other formats are not read",
             field="model",
         )
     index = path / "model.safetensors.index.json"

@@ -21,13 +21,18 @@ from spts.errors import ModelError, ProxyError, RequestError
 from spts.layer import DecoderLayer, LayerTrace, Stream
 from spts.methods import Method
 from spts.proxy import Proxies
+from spts.request import check_tokens
 from spts.sampling import Sampling, TokenLogprobs
 from spts.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """A prompt computed: logits of its last token, float32 [V], the cache to decode over, and what each layer did."""
+    """A prompt computed.
+
+    logits: of its last token, float32 [V]. cache: to decode over. work: what each layer did, in layer order.
+    trace: what each layer chose, if asked for.
+    """
 
     logits: Tensor
     cache: RaggedCache
@@ -61,7 +66,7 @@ class PrefillState:
 
 
 class SptsModel:
-    """A causal language model whose prefill a method may shorten. Calls the modules of `hf_model`, changes none."""
+    """A causal language model whose prefill a method may shorten; calls its modules, changes none."""
 
     def __init__(
         self,
@@ -98,8 +103,8 @@ class SptsModel:
         self._rotary = type(self._body.rotary_emb)(config=self.config).to(self.device)
         if proxies is not None and proxies.manifest.fingerprint != fingerprint:
             raise ProxyError(
-                f"proxies must belong to the model with fingerprint {fingerprint}, got {proxies.manifest.fingerprint}; "
-                "fit them for this model",
+                f"proxies must belong to the model with fingerprint {fingerprint}, "
+                f"got {proxies.manifest.fingerprint}; fit them for this model",
                 field="fingerprint",
             )
         self.layers = [self._layer(index, block) for index, block in enumerate(self._body.layers)]
@@ -155,7 +160,7 @@ class SptsModel:
 
     @torch.inference_mode()
     def advance(self, state: PrefillState, num_layers: int) -> bool:
-        """Runs up to `num_layers` more layers of a prefill; True when it is done and `state.result` is there."""
+        """Runs up to `num_layers` more layers of a prefill; True when `state.result` is there."""
         stop = min(state.next_layer + num_layers, len(self.layers))
         for layer in self.layers[state.next_layer : stop]:
             work, trace = layer.prefill(
@@ -206,7 +211,8 @@ class SptsModel:
         rules = sampling or Sampling()
         if max_new_tokens < 1:
             raise RequestError(
-                f"max_new_tokens must be at least 1, got {max_new_tokens}; use prefill to compute a prompt alone",
+                f"max_new_tokens must be at least 1, got {max_new_tokens}; "
+                "use prefill to compute a prompt alone",
                 code="invalid_sampling",
                 field="max_new_tokens",
             )
@@ -248,43 +254,22 @@ class SptsModel:
             ]
             if lacking:
                 raise ProxyError(
-                    f"proxies must cover layers {schedule.first_skip_layer} to {lacking[-1]} for method {method.name}, "
-                    f"got none for layer {lacking[0]}; fit them with python -m jobs.calibrate",
+                    f"proxies must cover layers {lacking[0]} to {lacking[-1]} for method {method.name}, "
+                    "got none; fit them with python -m jobs.calibrate",
                     field="proxies",
                 )
         return schedule
 
     def _check_tokens(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        if len(token_ids) == 0:
-            raise RequestError(
-                "token_ids must hold at least one token, got 0; send a prompt",
-                code="empty_prompt",
-                field="token_ids",
-            )
-        bad = next(((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                f"token_ids must be in 0..{self.vocab_size - 1}, got {bad[1]} at index {bad[0]}; "
-                "use this model's own tokenizer",
-                code="token_out_of_vocabulary",
-                field="token_ids",
-            )
-        if max_new_tokens < 0:
-            raise RequestError(
-                f"max_new_tokens must be at least 0, got {max_new_tokens}; ask for a number of tokens",
-                code="invalid_sampling",
-                field="max_new_tokens",
-            )
-        if len(token_ids) + max_new_tokens > self.max_context:
-            raise RequestError(
-                f"prompt + max_new_tokens must be at most the context of {self.max_context} tokens, "
-                f"got {len(token_ids)} + {max_new_tokens}; shorten the prompt or ask for fewer tokens",
-                code="context_length_exceeded",
-                field="max_new_tokens",
-            )
+        check_tokens(
+            token_ids,
+            max_new_tokens=max_new_tokens,
+            vocab_size=self.vocab_size,
+            max_context=self.max_context,
+        )
 
     def _embed(self, token_ids: Sequence[int]) -> Stream:
-        ids_N = torch.tensor(list(token_ids), dtype=torch.int64, device=self.device)
+        ids_N = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
         positions_N = torch.arange(ids_N.shape[0], device=self.device)
         x_ND = self._body.embed_tokens(ids_N)
         cos_Nd, sin_Nd = self._rotation(x_ND, positions_N)

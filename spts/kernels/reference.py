@@ -78,7 +78,11 @@ def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor],
 
 
 def causal_attention(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) -> Tensor:
-    """Causal attention of M ascending tokens over themselves: [M, H, d]. Query head h reads key head h // (H // K)."""
+    """Causal attention of M ascending tokens over themselves, [M, H, d].
+
+    Query head h reads key head h // (H // K). Causal over the compacted rows is causal in the prompt, as the
+    rows ascend: of tokens [0, 3, 7], row 1 (token 3) sees rows 0 and 1 (tokens 0 and 3).
+    """
     out_1HMd = F.scaled_dot_product_attention(
         q_MHd.transpose(0, 1).unsqueeze(0),
         k_MKd.transpose(0, 1).unsqueeze(0),
@@ -91,7 +95,7 @@ def causal_attention(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) 
 
 
 def single_query_attention(q_Hd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
-    """Attention of one query on everything cached: [H, d]. Query head h reads key head h // (H // K)."""
+    """Attention of one query on everything cached, [H, d]; query head h reads key head h // (H // K)."""
     out_1H1d = F.scaled_dot_product_attention(
         q_Hd[None, :, None, :],
         k_LKd.transpose(0, 1).unsqueeze(0),
