@@ -224,7 +224,8 @@ def calibrate(args: argparse.Namespace) -> Verdict:
         f"than dense at {args.tokens} tokens",
         f"proxies    layers {first_layer}-{num_layers - 1}, {size.channels} channels, rank {size.rank}",
         f"text       fit on {sum(map(len, texts.fit))} tokens, "
-        f"measure on {len(texts.measure)} x {args.tokens}" + ("" if texts.held_out else " (the same text: there is too little to hold some out)"),
+        f"measure on {len(texts.measure)} x {args.tokens}"
+        + ("" if texts.held_out else " (the same text: there is too little to hold some out)"),
         sep="\n",
         flush=True,
     )

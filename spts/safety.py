@@ -206,7 +206,7 @@ def measure(
     method: Method,
     *,
     live_tokens: int = 32,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Safety:
     """Both curves over `prompts`, each at least one token; `progress()` after each prompt.
 
