@@ -74,7 +74,9 @@ def write_results(
     with RowWriter(folder, "engine-0") as writer:
         for row in rows[: len(rows) - unfinished]:
             writer.write(row)
-    entry = provenance.collect(command=["python", "-m", "jobs.sweep"], config={"name": "demo"}, commit="0" * 40)
+    entry = provenance.collect(
+        command=["python", "-m", "jobs.sweep"], config={"name": "demo"}, commit="0" * 40
+    )
     provenance.append(folder, {**entry, "run": "r0", "engines": [{"device": "cpu", "dtype": "float32"}]})
     return plan
 
