@@ -33,9 +33,7 @@ from jobs.tasks.haystack import haystack, haystack_hash
 from jobs.tasks.needle import NUM_VALUES, Needle, ask, chain, fact, hide, words
 
 END = "<|endoftext|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
-)
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
 VOCAB_SIZE = 6144
 CONTEXT = 16384
 FIRST_GLOBAL_LAYER = 4
@@ -62,7 +60,9 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    bpe.train_from_iterator((text for part in (haystack("train"), needles, questions) for text in part), trainer)
+    bpe.train_from_iterator(
+        (text for part in (haystack("train"), needles, questions) for text in part), trainer
+    )
     split = [word for word in words() if len(bpe.encode(f" {word}").ids) != 1]
     if split:
         raise RuntimeError(f"nouns must be one token each, but these are split: {split[:10]}")
@@ -79,7 +79,9 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 class Batches(torch.utils.data.IterableDataset):
     """An endless stream of (tokens [B, N+1], answers [B, N]) of one length each; answers are targets or IGNORED."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, tokens_per_batch: int, phase: Phase, seed: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, tokens_per_batch: int, phase: Phase, seed: int
+    ) -> None:
         self.phase, self.seed, self.tokens_per_batch = phase, seed, tokens_per_batch
         self.encode = tokenizer.backend_tokenizer.encode
         self.end = tokenizer.eos_token_id
@@ -206,7 +208,9 @@ def new_model(seed: int) -> Qwen2ForCausalLM:
             for kv, back in enumerate(offsets):
                 # Over offset m - n the score is sum_i a_i^2 cos((m - n - back) f_i) / sqrt(d): highest at `back`.
                 key = torch.cat([amplitude, torch.zeros(head_dim // 2)])
-                query = torch.cat([amplitude * torch.cos(back * frequency), -amplitude * torch.sin(back * frequency)])
+                query = torch.cat(
+                    [amplitude * torch.cos(back * frequency), -amplitude * torch.sin(back * frequency)]
+                )
                 attention.k_proj.bias[kv * head_dim : (kv + 1) * head_dim] = key
                 for head in range(kv * 2, kv * 2 + 2):
                     attention.q_proj.bias[head * head_dim : (head + 1) * head_dim] = query
@@ -223,10 +227,16 @@ def window_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, window: int
         return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3).transpose(1, 2).flatten(0, 1)
 
     q = q_BHNd.reshape(B, H, blocks, window, d).transpose(1, 2).flatten(0, 1)
-    offset = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)[None]
+    offset = (
+        torch.arange(window, device=q.device)[:, None]
+        + window
+        - torch.arange(2 * window, device=q.device)[None]
+    )
     visible = ((offset >= 0) & (offset < window)).expand(blocks, 1, window, 2 * window).clone()
     visible[0, :, :, :window] = False
-    out = F.scaled_dot_product_attention(q, pairs(k_BHNd), pairs(v_BHNd), attn_mask=visible.repeat(B, 1, 1, 1))
+    out = F.scaled_dot_product_attention(
+        q, pairs(k_BHNd), pairs(v_BHNd), attn_mask=visible.repeat(B, 1, 1, 1)
+    )
     return out.reshape(B, blocks, H, window, d).transpose(1, 2).reshape(B, H, N, d)
 
 
@@ -282,14 +292,16 @@ class Trainer:
         last = x[place]
         answer_loss = answer_loss + self._token_losses(last, wanted).mean()
         with torch.no_grad():
-            right = (self.model.lm_head(self.model.model.norm(last)).argmax(-1) == wanted)
+            right = self.model.lm_head(self.model.model.norm(last)).argmax(-1) == wanted
             right = right[inputs.flatten()[place] == self.colon].float().mean()
         read = torch.randint(0, B * N, (B * N // 4,), device=x.device)
         text_loss = self.token_losses(x[read], tokens[:, 1:].flatten()[read]).mean()
         return answer_loss, text_loss, right
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, history: list[dict]) -> None:
+def save(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, history: list[dict]
+) -> None:
     """Writes the model folder in bfloat16; the model in training keeps its precision."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = Qwen2ForCausalLM(model.config).to(torch.bfloat16)
@@ -306,7 +318,9 @@ def train(args: argparse.Namespace) -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume)
         model = Qwen2ForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
     else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer()
+        tokenizer = (
+            PreTrainedTokenizerFast.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer()
+        )
         model = new_model(args.seed)
     model.to(device)
     model.config._attn_implementation = "sdpa"
@@ -324,13 +338,19 @@ def train(args: argparse.Namespace) -> None:
     for phase in phases:
         data = Batches(tokenizer, tokens_per_batch=args.batch_tokens, phase=phase, seed=args.seed)
         loader = iter(
-            torch.utils.data.DataLoader(data, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda")
+            torch.utils.data.DataLoader(
+                data, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"
+            )
         )
         phase_began, seconds = time.monotonic(), 60 * args.minutes * phase.share / total_share
         phase_step, logged = 0, time.monotonic()
         while (done := (time.monotonic() - phase_began) / seconds) < 1:
             tokens, targets = (t.to(device, non_blocking=True) for t in next(loader))
-            lr = phase.peak_lr * (phase.final_lr / phase.peak_lr) ** done * min(1.0, (phase_step + 1) / args.warmup)
+            lr = (
+                phase.peak_lr
+                * (phase.final_lr / phase.peak_lr) ** done
+                * min(1.0, (phase_step + 1) / args.warmup)
+            )
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -354,7 +374,9 @@ def train(args: argparse.Namespace) -> None:
                 history.append(row)
                 print(json.dumps(row), flush=True)
         save(model, tokenizer, Path(args.out), history)
-    print(json.dumps({"steps": step, "seconds": time.monotonic() - began, "haystack": haystack_hash("train")}))
+    print(
+        json.dumps({"steps": step, "seconds": time.monotonic() - began, "haystack": haystack_hash("train")})
+    )
 
 
 def main() -> None:
