@@ -120,8 +120,8 @@ class Router:
     async def _answer(
         self, http: HttpRequest, body: GenerationBody, prompts: list[tuple[int, ...]], endpoint: Endpoint
     ) -> Response:
-        request_id = http.scope["state"]["request_id"]
-        job = await self._dispatcher.job(body, prompts, endpoint, request_id)
+        # An id of our own: the one in the header may be the client's, and used twice.
+        job = await self._dispatcher.job(body, prompts, endpoint, uuid.uuid4().hex)
         pieces = self._dispatcher.pieces(job)
         if not body.stream:
             choices: list[list[Piece]] = [[] for _ in job.requests]
@@ -132,7 +132,7 @@ class Router:
             return JSONResponse(job.answer.whole(choices, job.usage))
         # The first piece comes before the response begins: what fails until then has a status of its own.
         first = await anext(pieces)
-        return StreamingResponse(_events(job, first, pieces, request_id), media_type="text/event-stream")
+        return StreamingResponse(_events(job, first, pieces, _id(http)), media_type="text/event-stream")
 
     def _model_object(self) -> dict[str, Any]:
         return {
@@ -175,7 +175,7 @@ def _log(error: Exception, request_id: str) -> ApiError:
 
 
 async def _failure(http: HttpRequest, error: Exception) -> Response:
-    return _error_response(_log(error, http.scope["state"]["request_id"]))
+    return _error_response(_log(error, _id(http)))
 
 
 async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
@@ -192,9 +192,17 @@ def _error_response(error: ApiError) -> Response:
     return JSONResponse(error_body(error), row.status, headers)
 
 
+def _id(http: HttpRequest) -> str:
+    request_id: str = http.scope["state"]["request_id"]
+    return request_id
+
+
 class RequestId:
     """ASGI middleware: an id for every request, in `scope["state"]["request_id"]` and the answer's
-    x-request-id."""
+    x-request-id.
+
+    Serve's proxy gives requests an id too and puts it into the answer itself; then that one is used.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -204,11 +212,12 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        given = dict(scope["headers"]).get(b"x-request-id")
+        request_id = uuid.uuid4().hex if given is None else given.decode("latin-1")
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and given is None:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 

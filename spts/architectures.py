@@ -1,8 +1,8 @@
 """Which models this library computes, and what is refused by name.
 
-The four families share one decoder layer: RMSNorm, rotary grouped-query attention, RMSNorm, gated FFN. They differ in
-things their own modules carry (q/k/v biases, q/k norms, tied embeddings), so the table below is about what a
-configuration may ask for and not about code.
+The four families share one decoder layer: RMSNorm, rotary grouped-query attention, RMSNorm, gated FFN. They
+differ in things their own modules carry (q/k/v biases, q/k norms, tied embeddings), so the table below is
+about what a configuration may ask for and not about code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One supported family: its class in transformers, and whether its configuration can switch sliding windows on."""
+    """One supported family: its class in transformers, and the key that turns sliding windows on, if any."""
 
     class_name: str
     window_switch: str | None = None
@@ -35,22 +35,27 @@ ARCHITECTURES = {
 
 
 def check_config(config: dict[str, Any]) -> Architecture:
-    """The architecture of a `config.json`, as parsed; raises ModelError with the field, the rule and the value.
+    """The architecture of a `config.json`, as parsed.
 
-    Refused: other architectures, mixtures of experts, sliding windows shorter than the context, rotary embeddings
-    that depend on the length of the input (`dynamic`, `longrope`) or turn only a part of a head.
+    Refused: other architectures, mixtures of experts, sliding windows shorter than the context, rotary
+    embeddings that depend on the length of the input (`dynamic`, `longrope`) or turn only a part of a head.
+    Raises ModelError with the field, the rule and the value.
     """
     names = config.get("architectures") or []
     architecture = ARCHITECTURES.get(names[0]) if len(names) == 1 else None
-    experts = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None)
+    experts = next(
+        (key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)), None
+    )
     if experts is not None:
         raise ModelError(
-            f"{experts} must be absent, got {config[experts]} in {names}; mixtures of experts are not supported",
+            f"{experts} must be absent, got {config[experts]} in {names}; "
+            "mixtures of experts are not supported",
             field=experts,
         )
     if architecture is None:
         raise ModelError(
-            f"architectures must be one of {', '.join(ARCHITECTURES)}, got {names}; use a model of one of these families",
+            f"architectures must be one of {', '.join(ARCHITECTURES)}, got {names}; "
+            "use a model of one of these families",
             field="architectures",
         )
     _check_window(config, architecture)
@@ -61,8 +66,8 @@ def check_config(config: dict[str, Any]) -> Architecture:
 def max_context(config: dict[str, Any]) -> int:
     """Longest sequence in tokens the configuration stands for.
 
-    `max_position_embeddings`, or for yarn the stretched original context where that is longer (Qwen states its yarn
-    models with the unstretched length).
+    `max_position_embeddings`, or for yarn the stretched original context where that is longer (Qwen states
+    its yarn models with the unstretched length).
     """
     limit = int(config["max_position_embeddings"])
     rope = _rope(config)
@@ -85,10 +90,11 @@ def _check_window(config: dict[str, Any], architecture: Architecture) -> None:
     layer_types = config.get("layer_types") or []
     if "sliding_attention" in layer_types:
         window = config.get("sliding_window") or 0
-    if window is not None and window < config.get("max_position_embeddings", 0):
+    context = config.get("max_position_embeddings", 0)
+    if window is not None and window < context:
         raise ModelError(
-            f"sliding_window must be null or at least the context of {config.get('max_position_embeddings')} tokens, "
-            f"got {window}; token skipping over sliding windows is not supported",
+            f"sliding_window must be null or at least the context of {context} tokens, got {window}; "
+            "token skipping over sliding windows is not supported",
             field="sliding_window",
         )
 

@@ -1,6 +1,7 @@
-"""The ragged key/value cache: every layer holds its own tokens, as many as it computed (spts.md, "PAP" step 5).
+"""The ragged key/value cache: every layer holds the tokens it computed and no other (spts.md, "PAP" step 5).
 
-Legend: C capacity, P prompt tokens kept by a layer, L tokens in a layer now, K key/value heads on this rank, d head size.
+Legend: C capacity, P prompt tokens kept by a layer, L tokens in a layer now, K key/value heads on this rank,
+d head size.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from torch import Tensor
 class LayerCache:
     """Keys (after RoPE) and values of one layer, with room for the tokens still to come.
 
-    Example: a layer that computed the prompt tokens 0, 3 and 7 of 8 holds 3 rows; after two decoded tokens it holds 5,
-    at the positions 0, 3, 7, 8, 9.
+    Example: a layer that computed the prompt tokens 0, 3 and 7 of 8 holds 3 rows; after two decoded tokens it
+    holds 5, at the positions 0, 3, 7, 8, 9.
     """
 
     def __init__(self, *, room_tokens: int) -> None:
@@ -44,7 +45,8 @@ class LayerCache:
 
         Raises ValueError when the room asked for at prefill is used up.
         """
-        assert self._keys_CKd is not None and self._values_CKd is not None, "prefill comes before decode"
+        assert self._keys_CKd is not None, "prefill comes before decode"
+        assert self._values_CKd is not None
         if self.num_tokens == self._keys_CKd.shape[0]:
             raise ValueError(
                 f"max_new_tokens must cover every decoded token, got {self.room_tokens} and all are used; "
@@ -57,7 +59,8 @@ class LayerCache:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Keys and values stored so far, [L, K, d] each, as views."""
-        assert self._keys_CKd is not None and self._values_CKd is not None, "nothing is stored yet"
+        assert self._keys_CKd is not None, "nothing is stored yet"
+        assert self._values_CKd is not None
         return self._keys_CKd[: self.num_tokens], self._values_CKd[: self.num_tokens]
 
     @property
@@ -89,7 +92,7 @@ class RaggedCache:
         self.next_position = prompt_tokens
 
     def positions(self, layer: int) -> Tensor:
-        """Positions held by a layer, int64 [L] ascending: the prompt tokens it computed, then every decoded token."""
+        """Positions a layer holds, int64 [L]: the prompt tokens it computed, then every decoded one."""
         held = self.layers[layer]
         assert held.prompt_positions_P is not None, "nothing is stored yet"
         num_new = held.num_tokens - held.num_prompt_tokens

@@ -9,16 +9,15 @@ if TYPE_CHECKING:
 
 
 class Collective(Protocol):
-    """A group of ranks that make the same calls in the same order.
-
-    rank: 0 … world_size - 1. world_size: number of ranks.
-    """
+    """A group of ranks that make the same calls in the same order."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This rank's number, 0 … world_size - 1."""
 
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """Number of ranks in the group."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the ranks, in place, and return it. Same shape and dtype on every rank."""
@@ -34,7 +33,9 @@ class Local:
     world_size = 1
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over one rank."""
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's own tensor."""
         return tensor

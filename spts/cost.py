@@ -157,6 +157,7 @@ class LayerFlops:
 
     @property
     def total(self) -> int:
+        """FLOP of the layer."""
         return sum(asdict(self).values())
 
 
@@ -169,6 +170,7 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """FLOP of the prefill."""
         return self.lm_head + sum(layer.total for layer in self.layers)
 
     @property
@@ -259,6 +261,7 @@ class CollectiveBytes:
 
     @property
     def total(self) -> int:
+        """Bytes of all collectives."""
         return self.hidden + self.scores + self.selection
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 
 class SptsError(ValueError):
-    """Base of every error this library raises for its user; `field` names the faulty input when there is one."""
+    """Base of every error this library raises for its user; `field` names the faulty input, if any."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -32,6 +32,6 @@ class RequestError(SptsError):
         super().__init__(message, field=field)
         self.code = code
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # An exception is unpickled by calling its class with its positional arguments, and `code` is not one.
-        return partial(RequestError, code=self.code, field=self.field), self.args
+    def __reduce__(self) -> tuple[partial[RequestError], tuple[object, ...]]:
+        # Exceptions are rebuilt from their positional arguments alone, and `code` is not one of them.
+        return partial(type(self), code=self.code, field=self.field), self.args

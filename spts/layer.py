@@ -2,11 +2,11 @@
 
     probe -> select -> gather -> attend -> scatter | score -> select -> gather -> FFN -> scatter | cut
 
-The residual stream holds the candidates only: rows in prompt order, the last one the last prompt token. Head counts are
-read off the tensors, so the same lines run on one rank or on several.
+The residual stream holds the candidates only: rows in prompt order, the last one the last prompt token. Head
+counts are read off the tensors, so the same lines run on one rank or on several.
 
-Legend: T candidates, M active, N prompt tokens, B requests, D width, H query heads on this rank, K key/value heads on
-this rank, d head size.
+Legend: T candidates, M active, N prompt tokens, B requests, D width, H query heads on this rank, K key/value
+heads on this rank, d head size.
 """
 
 from __future__ import annotations
@@ -60,7 +60,14 @@ class DecoderLayer:
     """A layer of a Hugging Face model, walked by us: its modules are called, none is changed."""
 
     def __init__(
-        self, block: Any, *, index: int, num_heads: int, head_dim: int, collective: Collective, proxy: LayerProxy | None
+        self,
+        block: Any,
+        *,
+        index: int,
+        num_heads: int,
+        head_dim: int,
+        collective: Collective,
+        proxy: LayerProxy | None,
     ) -> None:
         self.block = block
         self.index = index
@@ -82,10 +89,11 @@ class DecoderLayer:
         keep_tokens: int | None,
         trace: bool,
     ) -> tuple[LayerWork, LayerTrace | None]:
-        """Runs the layer on the candidates in `stream` (changed in place) and fills `cache` with the active tokens.
+        """Runs the layer on the candidates in `stream`, in place, and fills `cache` with the active tokens.
 
-        `active_tokens` is the budget of the attention and of the FFN, None for all; `keep_tokens` the number of
-        candidates left afterwards, None for all. Budgets of at least T cost nothing extra: the layer runs dense.
+        `active_tokens` is the budget of the attention and of the FFN, None for all; `keep_tokens` the number
+        of candidates left afterwards, None for all. Budgets of at least T cost nothing extra: the layer runs
+        dense.
         """
         num_candidates = stream.x_TD.shape[0]
         num_active = min(active_tokens or num_candidates, num_candidates)
@@ -131,8 +139,8 @@ class DecoderLayer:
     def decode(self, x_BD: Tensor, cos_Bd: Tensor, sin_Bd: Tensor, caches: Sequence[LayerCache]) -> Tensor:
         """Runs the layer on one new token of each request and returns `x_BD`, changed in place.
 
-        The linears run once for the batch; the attention of each request reads its own cache of this layer, the new
-        token included.
+        The linears run once for the batch; the attention of each request reads its own cache of this layer,
+        the new token included.
         """
         h_BD = self.block.input_layernorm(x_BD)
         q_BHd = self.queries(h_BD, cos_Bd, sin_Bd)
@@ -159,14 +167,17 @@ class DecoderLayer:
         return self.block.self_attn.v_proj(h_TD).view(h_TD.shape[0], -1, self.head_dim)
 
     def feed_forward(self, y_TD: Tensor) -> Tensor:
-        """Output of the FFN, [T, D], for normed rows `y_TD`; under tensor parallelism already summed over the ranks."""
+        """Output of the FFN for normed rows `y_TD`, [T, D]; on several ranks already their sum."""
         mlp = self.block.mlp
         return mlp.down_proj(ops.gated_product(mlp.gate_proj(y_TD), mlp.up_proj(y_TD), mlp.act_fn))
 
     def _attend(self, stream: Stream, signals: Signals, active_M: Tensor | None, cache: LayerCache) -> None:
         cos_Md, sin_Md = _take(stream.cos_Td, active_M), _take(stream.sin_Td, active_M)
         if signals.probing:
-            h_MD, k_MKd = _take(signals.attention_input(), active_M), _take(signals.candidate_keys(), active_M)
+            h_MD, k_MKd = (
+                _take(signals.attention_input(), active_M),
+                _take(signals.candidate_keys(), active_M),
+            )
         else:
             h_MD = self.block.input_layernorm(_take(stream.x_TD, active_M))
             k_MKd = self.keys(h_MD, cos_Md, sin_Md)
@@ -238,7 +249,7 @@ class Signals:
         return self._ffn_norm_T
 
     def random(self, seed: int) -> Tensor:
-        """Uniform noise in [0, 1), float32 [T], fixed by (seed, layer, prompt length, position) on every device."""
+        """Uniform noise in [0, 1), float32 [T], fixed by seed, layer, prompt length and position."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + self._layer.index) % 2**63)
         noise_N = torch.rand(int(self.positions[-1]) + 1, generator=generator)
         return noise_N.to(self.positions.device)[self.positions]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from spts.errors import ConfigError
@@ -82,18 +82,17 @@ class Dense(Method):
     name: ClassVar[str] = "dense"
 
     def schedule_for(self, num_layers: int) -> Schedule:
+        """The dense schedule of that depth."""
         return Schedule.dense(num_layers)
 
     def attention_scores(self, signals: Signals) -> Tensor:
+        """Never asked: no layer of a dense schedule chooses tokens."""
         raise AssertionError("a dense schedule never chooses tokens")
 
-    def ffn_scores(self, signals: Signals) -> Tensor:
-        raise AssertionError("a dense schedule never chooses tokens")
-
-    def prune_scores(self, signals: Signals) -> Tensor:
-        raise AssertionError("a dense schedule never prunes")
+    ffn_scores = prune_scores = attention_scores
 
     def to_dict(self) -> dict[str, object]:
+        """{"name": "dense"}."""
         return {"name": self.name}
 
 
@@ -110,6 +109,7 @@ class _Scheduled(Method):
             )
 
     def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule itself; ConfigError when it is for another depth."""
         if self.schedule.num_layers != num_layers:
             raise config_error(
                 "schedule.num_layers",
@@ -120,6 +120,7 @@ class _Scheduled(Method):
         return self.schedule
 
     def to_dict(self) -> dict[str, object]:
+        """The name and the whole schedule."""
         return {"name": self.name, "schedule": self.schedule.to_dict()}
 
 
@@ -137,12 +138,15 @@ class Spts(_Scheduled):
     needs_proxies: ClassVar[bool] = True
 
     def attention_scores(self, signals: Signals) -> Tensor:
+        """S_mha of this layer."""
         return signals.attention()
 
     def ffn_scores(self, signals: Signals) -> Tensor:
+        """S_ffn of this layer."""
         return signals.ffn_norm() * signals.attention()
 
     def prune_scores(self, signals: Signals) -> Tensor:
+        """S_mha of this layer, the freshest signal there is."""
         return signals.attention()
 
 
@@ -162,15 +166,19 @@ class Random(_Scheduled):
 
     # Attention, FFN and pruning each have a stream of their own: three of the layer's seeds for one of ours.
     def attention_scores(self, signals: Signals) -> Tensor:
+        """Noise of the layer's attention stream."""
         return signals.random(3 * self.seed)
 
     def ffn_scores(self, signals: Signals) -> Tensor:
+        """Noise of the layer's FFN stream."""
         return signals.random(3 * self.seed + 1)
 
     def prune_scores(self, signals: Signals) -> Tensor:
+        """Noise of the layer's pruning stream."""
         return signals.random(3 * self.seed + 2)
 
     def to_dict(self) -> dict[str, object]:
+        """The name, the whole schedule and the seed."""
         return {**super().to_dict(), "seed": self.seed}
 
 
@@ -181,13 +189,10 @@ class Recency(_Scheduled):
     name: ClassVar[str] = "recency"
 
     def attention_scores(self, signals: Signals) -> Tensor:
+        """The candidates' positions; float32 holds them exactly up to 2^24."""
         return signals.positions.float()
 
-    def ffn_scores(self, signals: Signals) -> Tensor:
-        return signals.positions.float()
-
-    def prune_scores(self, signals: Signals) -> Tensor:
-        return signals.positions.float()
+    ffn_scores = prune_scores = attention_scores
 
 
 METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Dense, Spts, Random, Recency)}
@@ -204,15 +209,17 @@ def from_dict(data: Mapping[str, object]) -> Method:
     name = data["name"]
     if not isinstance(name, str) or name not in METHODS:
         raise config_error("method.name", f"be one of {', '.join(METHODS)}", repr(name), "choose one of them")
-    if name == Dense.name:
-        check_keys("method", data, required=("name",))
-        return Dense()
+    cls = METHODS[name]
     check_keys(
-        "method", data, required=("name", "schedule"), optional=("seed",) if name == Random.name else ()
+        "method",
+        data,
+        required=("name", *(field.name for field in fields(cls) if field.default is MISSING)),
+        optional=[field.name for field in fields(cls) if field.default is not MISSING],
     )
-    fields: dict[str, object] = {key: value for key, value in data.items() if key != "name"}
+    values = {key: value for key, value in data.items() if key != "name"}
     try:
-        fields["schedule"] = Schedule.from_dict(fields["schedule"])  # type: ignore[arg-type]  # from_dict checks it
-        return METHODS[name](**fields)
+        if "schedule" in values:
+            values["schedule"] = Schedule.from_dict(values["schedule"])  # type: ignore[arg-type]  # it checks
+        return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"method.{error}", field=f"method.{error.field}") from None

@@ -21,13 +21,18 @@ from spts.errors import ModelError, ProxyError, RequestError
 from spts.layer import DecoderLayer, LayerTrace, Stream
 from spts.methods import Method
 from spts.proxy import Proxies
+from spts.request import check_tokens
 from spts.sampling import Sampling, TokenLogprobs
 from spts.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """A prompt computed: logits of its last token, float32 [V], the cache to decode over, and what each layer did."""
+    """A prompt computed.
+
+    logits: of its last token, float32 [V]. cache: to decode over. work: what each layer did, in layer order.
+    trace: what each layer chose, if asked for.
+    """
 
     logits: Tensor
     cache: RaggedCache
@@ -61,7 +66,7 @@ class PrefillState:
 
 
 class SptsModel:
-    """A causal language model whose prefill a method may shorten. Calls the modules of `hf_model`, changes none."""
+    """A causal language model whose prefill a method may shorten; calls its modules, changes none."""
 
     def __init__(
         self,
@@ -73,9 +78,10 @@ class SptsModel:
     ) -> None:
         """Wraps a transformers model, whole or one tensor-parallel rank of it.
 
-        Under tensor parallelism `hf_model` has its linears sharded by heads and channels, `o_proj` and `down_proj` sum
-        over the ranks inside their forward, and `hf_model.config` is still the whole model's. Raises ModelError for an
-        unsupported configuration or a head count that does not fit, ProxyError for another model's proxies.
+        Under tensor parallelism `hf_model` has its linears sharded by heads and channels, `o_proj` and
+        `down_proj` sum over the ranks inside their forward, and `hf_model.config` is still the whole model's.
+        Raises ModelError for an unsupported configuration or a head count that does not fit, ProxyError for
+        another model's proxies.
         """
         self.config = hf_model.config
         config = self.config.to_dict()
@@ -97,8 +103,8 @@ class SptsModel:
         self._rotary = type(self._body.rotary_emb)(config=self.config).to(self.device)
         if proxies is not None and proxies.manifest.fingerprint != fingerprint:
             raise ProxyError(
-                f"proxies must belong to the model with fingerprint {fingerprint}, got {proxies.manifest.fingerprint}; "
-                "fit them for this model",
+                f"proxies must belong to the model with fingerprint {fingerprint}, "
+                f"got {proxies.manifest.fingerprint}; fit them for this model",
                 field="fingerprint",
             )
         self.layers = [self._layer(index, block) for index, block in enumerate(self._body.layers)]
@@ -127,8 +133,9 @@ class SptsModel:
     ) -> Prefill:
         """Computes a prompt under a method, with room in the cache for `max_new_tokens` more.
 
-        Raises RequestError (empty prompt, id outside the vocabulary, context exceeded), ConfigError (a schedule for
-        another depth) or ProxyError (none for a layer the method skips in), all before any compute.
+        Raises RequestError (empty prompt, id outside the vocabulary, context exceeded), ConfigError (a
+        schedule for another depth) or ProxyError (none for a layer the method skips in), all before any
+        compute.
         """
         state = self.start_prefill(token_ids, method, trace=trace, max_new_tokens=max_new_tokens)
         self.advance(state, len(self.layers))
@@ -153,7 +160,7 @@ class SptsModel:
 
     @torch.inference_mode()
     def advance(self, state: PrefillState, num_layers: int) -> bool:
-        """Runs up to `num_layers` more layers of a prefill; True when it is done and `state.result` is there."""
+        """Runs up to `num_layers` more layers of a prefill; True when `state.result` is there."""
         stop = min(state.next_layer + num_layers, len(self.layers))
         for layer in self.layers[state.next_layer : stop]:
             work, trace = layer.prefill(
@@ -170,7 +177,7 @@ class SptsModel:
         state.next_layer = stop
         if stop == len(self.layers) and state.result is None:
             state.result = Prefill(
-                logits=self._logits(state.stream.x_TD[-1:])[0],
+                logits=self.logits(state.stream.x_TD[-1:])[0],
                 cache=state.cache,
                 work=state.work,
                 trace=state.trace if state.tracing else None,
@@ -181,8 +188,8 @@ class SptsModel:
     def decode_step(self, token_ids: Tensor, caches: Sequence[RaggedCache]) -> Tensor:
         """Appends one token to each request and returns the logits after it, float32 [B, V].
 
-        `token_ids` [B] goes with `caches`, one request each, in any mixture of lengths and methods. Raises ValueError
-        when a cache has no room left.
+        `token_ids` [B] goes with `caches`, one request each, in any mixture of lengths and methods. Raises
+        ValueError when a cache has no room left.
         """
         ids_B = token_ids.to(self.device)
         positions_B = torch.tensor([cache.next_position for cache in caches], device=self.device)
@@ -192,7 +199,7 @@ class SptsModel:
             x_BD = layer.decode(x_BD, cos_Bd, sin_Bd, [cache.layers[layer.index] for cache in caches])
         for cache in caches:
             cache.next_position += 1
-        return self._logits(x_BD)
+        return self.logits(x_BD)
 
     def generate(
         self, token_ids: Sequence[int], method: Method, max_new_tokens: int, sampling: Sampling | None = None
@@ -204,7 +211,8 @@ class SptsModel:
         rules = sampling or Sampling()
         if max_new_tokens < 1:
             raise RequestError(
-                f"max_new_tokens must be at least 1, got {max_new_tokens}; use prefill to compute a prompt alone",
+                f"max_new_tokens must be at least 1, got {max_new_tokens}; "
+                "use prefill to compute a prompt alone",
                 code="invalid_sampling",
                 field="max_new_tokens",
             )
@@ -246,41 +254,22 @@ class SptsModel:
             ]
             if lacking:
                 raise ProxyError(
-                    f"proxies must cover layers {schedule.first_skip_layer} to {lacking[-1]} for method {method.name}, "
-                    f"got none for layer {lacking[0]}; fit them with python -m jobs.calibrate",
+                    f"proxies must cover layers {lacking[0]} to {lacking[-1]} for method {method.name}, "
+                    "got none; fit them with python -m jobs.calibrate",
                     field="proxies",
                 )
         return schedule
 
     def _check_tokens(self, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        if len(token_ids) == 0:
-            raise RequestError(
-                "token_ids must hold at least one token, got 0; send a prompt", code="empty_prompt", field="token_ids"
-            )
-        bad = next(((i, t) for i, t in enumerate(token_ids) if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                f"token_ids must be in 0..{self.vocab_size - 1}, got {bad[1]} at index {bad[0]}; "
-                "use this model's own tokenizer",
-                code="token_out_of_vocabulary",
-                field="token_ids",
-            )
-        if max_new_tokens < 0:
-            raise RequestError(
-                f"max_new_tokens must be at least 0, got {max_new_tokens}; ask for a number of tokens",
-                code="invalid_sampling",
-                field="max_new_tokens",
-            )
-        if len(token_ids) + max_new_tokens > self.max_context:
-            raise RequestError(
-                f"prompt + max_new_tokens must be at most the context of {self.max_context} tokens, "
-                f"got {len(token_ids)} + {max_new_tokens}; shorten the prompt or ask for fewer tokens",
-                code="context_length_exceeded",
-                field="max_new_tokens",
-            )
+        check_tokens(
+            token_ids,
+            max_new_tokens=max_new_tokens,
+            vocab_size=self.vocab_size,
+            max_context=self.max_context,
+        )
 
     def _embed(self, token_ids: Sequence[int]) -> Stream:
-        ids_N = torch.tensor(list(token_ids), dtype=torch.int64, device=self.device)
+        ids_N = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
         positions_N = torch.arange(ids_N.shape[0], device=self.device)
         x_ND = self._body.embed_tokens(ids_N)
         cos_Nd, sin_Nd = self._rotation(x_ND, positions_N)
@@ -290,7 +279,9 @@ class SptsModel:
         cos_1Nd, sin_1Nd = self._rotary(x_ND, positions_N.unsqueeze(0))
         return cos_1Nd[0], sin_1Nd[0]
 
-    def _logits(self, x_BD: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """The final norm and the head over rows of the residual stream: float32 [B, V]."""
         # Three dimensions: DeepSpeed's sharded head slices its input as [batch, tokens, features].
         logits_1BV: Tensor = self._head(self._body.norm(x_BD).unsqueeze(0))
         return logits_1BV[0].float()

@@ -16,7 +16,8 @@ def attention_scores(
 ) -> Tensor:
     """S_mha of arXiv 2601.13155: the mean over all heads of the last token's attention weights, float32 [T].
 
-    `q_Hd` is the last token's query and `k_TKd` the candidates' keys, both after RoPE and only for the heads of this
-    rank; `num_heads` is the model's own count over all ranks. One all-reduce of T floats; the scores add up to 1.
+    `q_Hd` is the last token's query and `k_TKd` the candidates' keys, both after RoPE and only for the heads
+    of this rank; `num_heads` is the model's own count over all ranks. One all-reduce of T floats; the scores
+    add up to 1.
     """
     return collective.all_reduce(last_query_probe(q_Hd, k_TKd, scale)).div_(num_heads)

@@ -127,9 +127,9 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
         num_kept = min(num_kept, int((cumulative_V < sampling.top_p).sum()) + 1)
     draw = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     target = draw.to(cumulative_V.device) * cumulative_V[num_kept - 1]
-    # The first token whose cumulative probability exceeds the draw: a token of probability 0 never does.
-    drawn = int(torch.searchsorted(cumulative_V[:num_kept], target, right=True))
-    return int(ids_V[min(drawn, num_kept - 1)])
+    # The first token whose cumulative probability reaches the target. There is one, since the target is at
+    # most the last of them; and it is never one of probability 0, which reaches no more than its forerunner.
+    return int(ids_V[torch.searchsorted(cumulative_V[:num_kept], target)])
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprobs:

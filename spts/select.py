@@ -33,7 +33,8 @@ def select(scores_T: Tensor, budget: int, collective: Collective) -> Tensor:
 
     5 is forced; of the three at 0.5 the lower two win: [1, 3, 5].
     """
-    assert scores_T.ndim == 1 and scores_T.is_floating_point(), (scores_T.shape, scores_T.dtype)
+    assert scores_T.ndim == 1, scores_T.shape
+    assert scores_T.is_floating_point(), scores_T.dtype
     assert budget >= 1, budget
     num_candidates = scores_T.shape[0]
     num_kept = min(budget, num_candidates)

@@ -1,1 +1,1 @@
-"""The operations a layer is made of. `reference` has every one of them in plain torch; a kernel has the same signature."""
+"""The operations of a layer: `reference` has every one in plain torch, a kernel has the same signature."""

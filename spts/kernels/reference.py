@@ -1,8 +1,7 @@
 """Every operation of a layer in plain torch: what a kernel must equal, and what runs where there is none.
 
-Legend: T candidates, M active, D width, H query heads on this rank, K key/value heads on this rank, d head size,
-F FFN inner size,
-C channels kept by a proxy, r its rank, L tokens in a cache.
+Legend: T candidates, M active, D width, H query heads on this rank, K key/value heads on this rank, d head
+size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a cache.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
 def last_query_probe(q_Hd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
     """Attention of one query on every key, summed over the heads: float32 [T].
 
-    Query head h reads key head h // (H // K). The softmax of each head runs over all T keys in float32. The sum,
-    not the mean: under tensor parallelism a rank holds some of the heads, and their sums add up.
+    Query head h reads key head h // (H // K). The softmax of each head runs over all T keys in float32. The
+    sum, not the mean: under tensor parallelism a rank holds some of the heads, and their sums add up.
 
     Example: one head, d = 1, q = [1], keys [0, ln 3], scale 1 gives [0.25, 0.75].
     """
@@ -79,7 +78,11 @@ def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor],
 
 
 def causal_attention(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) -> Tensor:
-    """Causal attention of M ascending tokens over themselves: [M, H, d]. Query head h reads key head h // (H // K)."""
+    """Causal attention of M ascending tokens over themselves, [M, H, d].
+
+    Query head h reads key head h // (H // K). Causal over the compacted rows is causal in the prompt, as the
+    rows ascend: of tokens [0, 3, 7], row 1 (token 3) sees rows 0 and 1 (tokens 0 and 3).
+    """
     out_1HMd = F.scaled_dot_product_attention(
         q_MHd.transpose(0, 1).unsqueeze(0),
         k_MKd.transpose(0, 1).unsqueeze(0),
@@ -92,7 +95,7 @@ def causal_attention(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) 
 
 
 def single_query_attention(q_Hd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
-    """Attention of one query on everything cached: [H, d]. Query head h reads key head h // (H // K)."""
+    """Attention of one query on everything cached, [H, d]; query head h reads key head h // (H // K)."""
     out_1H1d = F.scaled_dot_product_attention(
         q_Hd[None, :, None, :],
         k_LKd.transpose(0, 1).unsqueeze(0),

@@ -1,0 +1,174 @@
+"""Methods: what each one scores with, how it is recorded, and that naming one loads no torch."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from spts import methods
+from spts.errors import ConfigError
+from spts.methods import Dense, Method, Random, Recency, Spts
+from spts.schedule import Schedule, Stage
+
+SCHEDULE = Schedule(
+    num_layers=4, first_skip_layer=1, stages=(Stage(last_layer=2, active_tokens=20, keep_tokens=10),)
+)
+ALL: list[Method] = [
+    Dense(),
+    Spts(schedule=SCHEDULE),
+    Random(schedule=SCHEDULE, seed=7),
+    Recency(schedule=SCHEDULE),
+]
+
+
+class FakeSignals:
+    """A layer's signals with known values, remembering what was asked."""
+
+    def __init__(self, num_candidates: int) -> None:
+        self.positions = torch.arange(num_candidates) * 3 + 5
+        self.attention_T = torch.rand(num_candidates)
+        self.norm_T = torch.rand(num_candidates)
+        self.asked: list[object] = []
+
+    def attention(self) -> Tensor:
+        self.asked.append("attention")
+        return self.attention_T
+
+    def ffn_norm(self) -> Tensor:
+        self.asked.append("ffn_norm")
+        return self.norm_T
+
+    def random(self, seed: int) -> Tensor:
+        self.asked.append(seed)
+        return torch.rand(len(self.positions), generator=torch.Generator().manual_seed(seed))
+
+
+def test_spts_scores():
+    signals = FakeSignals(63)
+    method = Spts(schedule=SCHEDULE)
+    assert torch.equal(method.attention_scores(signals), signals.attention_T)
+    assert torch.equal(method.ffn_scores(signals), signals.norm_T * signals.attention_T)
+    assert torch.equal(method.prune_scores(signals), signals.attention_T)
+    assert (method.probes, method.needs_proxies) == (True, True)
+
+
+def test_recency_prefers_the_latest():
+    signals = FakeSignals(63)
+    method = Recency(schedule=SCHEDULE)
+    for scores_T in (
+        method.attention_scores(signals),
+        method.ffn_scores(signals),
+        method.prune_scores(signals),
+    ):
+        assert scores_T.dtype == torch.float32
+        assert scores_T.argsort(descending=True).tolist() == list(range(62, -1, -1))
+    assert not signals.asked
+    assert (method.probes, method.needs_proxies) == (False, False)
+
+
+def test_random_draws_anew_for_each_question_and_seed_and_repeats():
+    def draws(seed: int) -> list[tuple[float, ...]]:
+        signals = FakeSignals(63)
+        method = Random(schedule=SCHEDULE, seed=seed)
+        questions = (method.attention_scores, method.ffn_scores, method.prune_scores)
+        scores = [tuple(question(signals).tolist()) for question in questions]
+        assert not {"attention", "ffn_norm"} & set(signals.asked)
+        return scores
+
+    assert draws(5) == draws(5)
+    assert len({scores for seed in range(6) for scores in draws(seed)}) == 18
+    assert (Random.probes, Random.needs_proxies) == (False, False)
+
+
+def test_dense_is_never_asked():
+    assert Dense().schedule_for(5) == Schedule.dense(5)
+    for question in (Dense().attention_scores, Dense().ffn_scores, Dense().prune_scores):
+        with pytest.raises(AssertionError):
+            question(FakeSignals(3))
+    assert (Dense.probes, Dense.needs_proxies) == (False, False)
+
+
+@pytest.mark.parametrize("method", ALL[1:], ids=lambda method: method.name)
+def test_a_schedule_for_another_depth_is_refused(method):
+    assert method.schedule_for(4) is SCHEDULE
+    with pytest.raises(
+        ConfigError,
+        match=r"schedule.num_layers must equal the model's 12 layers, got 4; .*scaled\(num_layers=12",
+    ):
+        method.schedule_for(12)
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
+def test_records(method):
+    data = method.to_dict()
+    assert data["name"] == method.name
+    assert methods.from_dict(json.loads(json.dumps(data))) == method
+    assert pickle.loads(pickle.dumps(method)) == method
+    assert eval(repr(method), {**vars(methods), "Stage": Stage}) == method
+    assert len({method, methods.from_dict(data)}) == 1
+
+
+def test_records_tell_methods_apart():
+    assert len(set(ALL)) == 4
+    assert Random(schedule=SCHEDULE, seed=7) != Random(schedule=SCHEDULE, seed=8)
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "message"),
+    [
+        ({"name": "sparse"}, "method.name", "must be one of dense, spts, random, recency, got 'sparse'"),
+        ({"name": ["spts"]}, "method.name", "must be one of dense, .* got"),
+        ({"schedule": SCHEDULE.to_dict()}, "method", "must be a mapping with the key name"),
+        (None, "method", "must be a mapping with the key name, got None"),
+        ({"name": "spts"}, "method.schedule", "must be given"),
+        (
+            {"name": "dense", "schedule": None},
+            "method.schedule",
+            r"must be a known key \(name\), got 'schedule'",
+        ),
+        ({"name": "spts", "schedule": SCHEDULE.to_dict(), "seed": 1}, "method.seed", "must be a known key"),
+        (
+            {"name": "spts", "schedule": "llama"},
+            "method.schedule",
+            "must be a mapping with the keys num_layers",
+        ),
+        (
+            {"name": "spts", "schedule": {**SCHEDULE.to_dict(), "first_skip_layer": 9}},
+            "method.schedule.first_skip_layer",
+            "must be at most num_layers = 4, got 9",
+        ),
+        (
+            {"name": "random", "schedule": SCHEDULE.to_dict(), "seed": -1},
+            "method.seed",
+            "must be an integer of at least 0, got -1",
+        ),
+    ],
+)
+def test_faults_name_field_rule_and_value(data, field, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        methods.from_dict(data)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(field)
+
+
+def test_a_schedule_is_a_schedule():
+    with pytest.raises(ConfigError, match=r"schedule must be a Schedule, got \{"):
+        Spts(schedule=SCHEDULE.to_dict())  # type: ignore[arg-type]
+
+
+def test_naming_a_method_loads_no_torch():
+    program = (
+        "import sys, spts, spts.collective\n"
+        "from spts import Schedule, Stage, Sampling, methods, cost, ConfigError\n"
+        "methods.Spts(schedule=Schedule.preset('llama-3.1-8b')).schedule_for(32)\n"
+        "methods.from_dict({'name': 'dense'}); Sampling(temperature=1.0)\n"
+        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
