@@ -85,7 +85,8 @@ def describe_schedule(schedule: Schedule) -> str:
     first = schedule.first_skip_layer
     for stage in schedule.stages:
         cut = "" if stage.keep_tokens is None else f", then keep {stage.keep_tokens}"
-        parts.append(f"{first}-{stage.last_layer}: {stage.active_tokens} tokens{cut}")
+        layers = f"{first}-{stage.last_layer}" if first < stage.last_layer else f"{first}"
+        parts.append(f"{layers}: {stage.active_tokens} tokens{cut}")
         first = stage.last_layer + 1
     return "; ".join(parts)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.without import run_without
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("spts", "cluster", "jobs")
 PURE = (
@@ -206,19 +208,7 @@ def test_core_imports_without_the_extras() -> None:
     """On a machine with torch and transformers alone: all of spts, and the CLIs that need no cluster."""
     extras = ("ray", "deepspeed", "pydantic", "fastapi", "openai", "datasets")
     modules = [*(each for each in sources() if is_within(each, ("spts",))), "jobs.latency", "jobs.calibrate"]
-    code = (
-        "import importlib, sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {extras!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-        f"for name in {modules!r}:\n"
-        "    importlib.import_module(name)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = run_without(extras, f"import importlib\nfor name in {modules!r}: importlib.import_module(name)")
     assert result.returncode == 0, result.stderr
 
 

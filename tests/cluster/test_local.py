@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROBE = "import ray; ray.init(); print('cpus', int(ray.cluster_resources()['CPU']), flush=True)"
 
 
-def start(*command: str) -> subprocess.Popen:
+def start(*command):
     return subprocess.Popen(
         [sys.executable, "-m", "cluster.local", "--num-cpus", "3", "--", *command],
         cwd=ROOT,
