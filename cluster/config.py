@@ -189,7 +189,8 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> s
     if fault["type"] == "missing":
         return f"{key} must be given, got nothing; add it"
     if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
+        message = str(fault["ctx"]["error"])
+        return f"{key}: {message}" if key else message
     rule = fault["msg"].replace("Input should be ", "be ").replace("Input should have ", "have ")
     return f"{key} must {rule[0].lower()}{rule[1:]}, got {fault['input']!r}; correct it"
 

@@ -72,7 +72,8 @@ class Engine:
         self._release: list[str] = []
         self._lost = False
         self._wake = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._step_loop: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
         self.num_restarts = 0
 
@@ -86,7 +87,7 @@ class Engine:
             if self._info is None:
                 try:
                     await self._start_group()
-                    self._tasks.append(asyncio.create_task(self._run_steps()))
+                    self._step_loop = asyncio.create_task(self._run_steps())
                     await self._warm_up()
                 except BaseException:
                     await self.shutdown()
@@ -141,8 +142,9 @@ class Engine:
     async def shutdown(self) -> None:
         """End the ranks; requests in flight fail with "unavailable". The engine does not start again."""
         self._state = "stopped"
-        for task in self._tasks:
-            task.cancel()
+        for task in (self._step_loop, self._watch_task):
+            if task is not None:
+                task.cancel()
         self._fail_all(EngineError("unavailable", "the engine is shutting down; retry later"))
         await self._group.stop()
         self._group.close()
@@ -289,7 +291,7 @@ class Engine:
             max_waiting=config.max_waiting,
         )
         self._release, self._lost, self._state = [], False, "ready"
-        self._tasks.append(asyncio.create_task(self._watch()))
+        self._watch_task = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         await self._group.wait_lost()
@@ -309,9 +311,8 @@ class Engine:
         tries."""
         self._state = "starting"
         self._fail_all(reason)
-        for task in self._tasks[1:]:  # all but the step loop, which is the caller
-            task.cancel()
-        del self._tasks[1:]
+        if self._watch_task is not None:
+            self._watch_task.cancel()
         for attempt in range(1, self._config.max_restarts + 1):
             logger.warning("restarting the ranks (try %d): %s", attempt, reason)
             await self._group.stop()

@@ -15,7 +15,7 @@ from cluster import placement
 from cluster.config import EngineConfig
 from cluster.protocol import EngineError, EngineInfo, Step, StepOutput
 from cluster.shard import Shard
-from spts.errors import ConfigError, SptsError
+from spts.errors import SptsError
 
 logger = logging.getLogger(__name__)
 
@@ -121,22 +121,20 @@ class RayGroup:
             self._placement = ray.util.get_current_placement_group()
             if self._placement is None:
                 self._owns_placement = True
-                self._placement = placement_group(
-                    placement.bundles(
-                        world_size=config.tensor_parallel_size,
-                        device=config.device,
-                        num_threads=config.num_threads,
-                    ),
-                    strategy=placement.strategy(device=config.device),
+                bundles = placement.bundles(
+                    world_size=config.tensor_parallel_size,
+                    device=config.device,
+                    num_threads=config.num_threads,
                 )
+                placement.check_fits(bundles, ray.cluster_resources())
+                self._placement = placement_group(bundles, strategy=placement.strategy(device=config.device))
             try:
                 await asyncio.wait_for(_result(self._placement.ready()), config.start_timeout_s)
             except TimeoutError:
-                bundles, self._placement = self._placement.bundle_specs, None
-                raise ConfigError(
-                    f"tensor_parallel_size must fit into the cluster, got {bundles} asked of "
-                    f"{ray.available_resources()}; use fewer ranks or threads, or add nodes",
-                    field="tensor_parallel_size",
+                raise EngineError(
+                    "unavailable",
+                    f"the cluster had no room for {self._placement.bundle_specs} within "
+                    f"{config.start_timeout_s:g} s; end something else or add nodes",
                 ) from None
         return self._placement
 
@@ -164,7 +162,8 @@ class RayGroup:
             logger.error("a rank failed", exc_info=fault)
             raise EngineError("internal", "a rank of the engine failed; see the engine's log")
         finally:
-            everyone.cancel()
+            for call in calls:  # a rank that hangs must not hold its engine
+                call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
 
 

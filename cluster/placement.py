@@ -3,6 +3,7 @@ functions."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from spts.cost import ModelShape
@@ -69,3 +70,19 @@ def splits(shape: ModelShape, world_size: int) -> bool:
     return all(
         size % world_size == 0 for size in (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
     )
+
+
+def check_fits(bundles: Sequence[Mapping[str, float]], cluster: Mapping[str, float]) -> None:
+    """Raise ConfigError when the whole `cluster`, everything on it ended, has not what `bundles` ask for.
+
+    Two bundles of one CPU fit into {"CPU": 2.0}, not into {"CPU": 1.0}.
+    """
+    for resource in ("GPU", "CPU"):
+        asked = sum(bundle.get(resource, 0) for bundle in bundles)
+        if asked > cluster.get(resource, 0):
+            raise ConfigError(
+                f"tensor_parallel_size x num_threads must fit into the cluster's "
+                f"{cluster.get(resource, 0):g} "
+                f"{resource}, got {asked:g} {resource} for {len(bundles)} ranks; use fewer, or add nodes",
+                field="tensor_parallel_size",
+            )

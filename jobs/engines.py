@@ -30,8 +30,11 @@ class RayEngine:
 
     async def start(self) -> EngineInfo:
         """Loads the model. Raises SptsError or EngineError."""
-        self._handle = await asyncio.to_thread(start_engine, self._config)
-        info: EngineInfo = await self._handle.info.remote()
+        try:
+            self._handle = await asyncio.to_thread(start_engine, self._config)
+            info: EngineInfo = await self._handle.info.remote()
+        except ray.exceptions.RayError as error:
+            raise EngineError("unavailable", f"{self.name} died while it started: {_kind(error)}") from None
         return info
 
     async def run(self, request: Request) -> Result:
@@ -43,23 +46,24 @@ class RayEngine:
                 raise error.cause from None
             raise EngineError("internal", f"the engine raised {error.cause!r}") from None
         except ray.exceptions.RayError as error:
-            raise EngineError("unavailable", f"the engine died: {type(error).__name__}") from None
+            raise EngineError("unavailable", f"the engine died: {_kind(error)}") from None
         return result
 
     async def recover(self) -> bool:
         """Waits while the engine restarts its ranks, replaces a dead engine. False = no more tries."""
         async with self._recovering:  # several requests of one engine fail together: one of them mends it
-            while self._handle is not None:
+            patience_s = self._config.start_timeout_s
+            while self._handle is not None and patience_s > 0:
                 try:
                     if await self._handle.ready.remote():
                         return True
                     await self._handle.check_health.remote()
                 except (ray.exceptions.RayError, EngineError) as death:
-                    logger.warning("%s is dead (%s); starting another in its place", self.name, death)
-                    if not await self._replace():
-                        return False
+                    logger.warning("%s is dead (%s); starting another in its place", self.name, _kind(death))
+                    break
                 await asyncio.sleep(_POLL_S)
-            return False
+                patience_s -= _POLL_S
+            return await self._replace()
 
     async def _replace(self) -> bool:
         while self._replacements_left:
@@ -67,7 +71,7 @@ class RayEngine:
             await self.stop()
             try:
                 await self.start()
-            except (EngineError, SptsError, ray.exceptions.RayError) as fault:
+            except (EngineError, SptsError) as fault:
                 logger.warning("%s did not start again: %s", self.name, fault)
             else:
                 return True
@@ -78,6 +82,15 @@ class RayEngine:
         handle, self._handle = self._handle, None
         if handle is not None:
             await asyncio.to_thread(stop_engine, handle)
+
+
+def _kind(error: Exception) -> str:
+    """Ray's errors carry pages of advice; the first line says what happened."""
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if str(error)
+        else type(error).__name__
+    )
 
 
 def check_capacity(config: EngineConfig, count: int) -> None:

@@ -22,19 +22,21 @@ LINE_EVERY_S = 5.0
 class SweepProgress:
     """Counts rows, keeps a running score per method, and estimates the time left from the FLOP left.
 
-    work: what will be run now. out: where to write; a bar if it is a terminal. clock: seconds.
+    work: what will be run now. already: samples done by an earlier start. out: where to write; a bar if it is
+    a terminal. clock: seconds.
     """
 
     def __init__(
         self,
         work: Sequence[Work],
         *,
+        already: int = 0,
         out: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._out = out if out is not None else sys.stdout
         self._clock = clock
-        self._total, self._done = len(work), 0
+        self._total, self._done = already + len(work), already
         self._flops_total, self._flops_done = sum(one.flops for one in work), 0.0
         self._scores: dict[str, list[float]] = {one.cell.label: [] for one in work}
         self._errors: dict[str, int] = defaultdict(int)
@@ -47,7 +49,7 @@ class SweepProgress:
                 TextColumn("{task.description}"),
                 console=Console(file=self._out),
             )
-            self._task = self._bar.add_task("starting", total=self._total)
+            self._task = self._bar.add_task("starting", total=self._total, completed=already)
             self._bar.start()
 
     def on_row(self, work: Work, row: Row) -> None:

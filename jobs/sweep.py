@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return _main(options)
-    except (SptsError, EngineError) as error:
+    except SptsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except EnginesLostError as error:
+    except (EngineError, EnginesLostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -80,8 +80,11 @@ def _main(options: argparse.Namespace) -> int:
             try:
                 for plan in plans:
                     if left[plan.name]:
+                        already = len(work[plan.name]) - len(left[plan.name])
                         asyncio.run(
-                            _run(sweep, plan, left[plan.name], tokenizers[plan.name], folder, options)
+                            _run(
+                                sweep, plan, left[plan.name], already, tokenizers[plan.name], folder, options
+                            )
                         )
             finally:
                 failed = _report(folder)
@@ -134,6 +137,7 @@ async def _run(
     sweep: Sweep,
     plan: ModelPlan,
     work: list[Work],
+    already: int,
     tokenizer: Tokenizer,
     folder: Path,
     options: argparse.Namespace,
@@ -143,7 +147,7 @@ async def _run(
 
     _say(f"starting {sweep.engine.count} engine(s) with {plan.name}")
     engines, info = await start_engines(plan.engine_config(sweep), sweep.engine.count)
-    progress = SweepProgress(work)
+    progress = SweepProgress(work, already=already)
     try:
         run_id = secrets.token_hex(4)
         entry = provenance.collect(

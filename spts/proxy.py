@@ -145,6 +145,10 @@ class Proxies:
         _check_range("first_layer", first_layer, 0, shape.num_layers - 1)
         _check_range("channels", channels, 1, shape.intermediate_size)
         _check_range("rank", rank, 1, min(channels, shape.hidden_size))
+        if max_tokens < 1:
+            raise ProxyError(
+                f"max_tokens must be at least 1, got {max_tokens}; the default is 8192", field="max_tokens"
+            )
         if not 0.0 < top_share <= 1.0:
             raise ProxyError(
                 f"top_share must be in (0, 1], got {top_share}; the paper uses 0.2", field="top_share"
