@@ -266,6 +266,7 @@ class Engine:
                 logprobs=None if token.logprobs is None else (token.logprobs,),
                 finish_reason=reason,
                 result=None if reason is None else _result(flight, reason, now),
+                prefilled=flight.prefilled if len(flight.token_ids) == 1 else None,
             )
         )
         if reason is not None:

@@ -23,7 +23,7 @@ ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 class EngineError(Exception):
     """Why a request got no answer. Survives pickling, so it is the same on both sides of an actor call.
 
-    kind: one of ERROR_KINDS; the router's table maps it to an HTTP status.
+    kind: one of ERROR_KINDS; `cluster.errors` maps it to an HTTP status.
     message: for the user. param: the request's field that is at fault, if one is.
     """
 
@@ -87,14 +87,29 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """A prefill that has ended. kv_tokens, kv_bytes, flops as in `Result`."""
+
+    request_id: str
+    work: tuple[LayerWork, ...]
+    kv_tokens: int
+    kv_bytes: int
+    flops: float
+    dense_flops: float
+    dense_kv_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """New tokens of one request, in order. The last chunk, and only it, has `finish_reason` and `result`."""
+    """New tokens of one request, in order. The last chunk, and only it, has `finish_reason` and `result`;
+    the first, and only it, has `prefilled`."""
 
     request_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     result: Result | None = None
+    prefilled: Prefilled | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,19 +151,6 @@ class NewToken:
     request_id: str
     token_id: int
     logprobs: TokenLogprobs | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prefilled:
-    """A prefill that ended in this step. kv_tokens, kv_bytes, flops as in `Result`."""
-
-    request_id: str
-    work: tuple[LayerWork, ...]
-    kv_tokens: int
-    kv_bytes: int
-    flops: float
-    dense_flops: float
-    dense_kv_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

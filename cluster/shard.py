@@ -104,13 +104,15 @@ class Shard:
         """Load this rank's part of the model. Raises SptsError, the same on every rank, before any weight is
         read."""
         from spts import loading
+        from spts.architectures import max_context
         from spts.model import SptsModel
 
         config = self._config
         folder = loading.resolve(resolve_path(config.model))
         loading.check_folder(folder)
-        shape = cost.ModelShape.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        placement.check_divisible(shape, self._world_size)
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        placement.check_divisible(cost.ModelShape.from_config(settings), self._world_size)
+        self._check_length(max_context(settings))
         identity = loading.fingerprint(folder)
         proxies = loading.load_proxies(
             folder, None if config.proxies is None else resolve_path(config.proxies), fingerprint=identity
@@ -188,21 +190,23 @@ class Shard:
         )
         return engine.module
 
-    def _info(self, model_name: str) -> EngineInfo:
-        model, limit = self._loaded, self._config.max_model_len
-        if limit is not None and limit > model.max_context:
+    def _check_length(self, max_context: int) -> None:
+        limit = self._config.max_model_len
+        if limit is not None and limit > max_context:
             raise ConfigError(
-                f"max_model_len must be at most the model's context of {model.max_context} tokens, got "
-                f"{limit}; "
+                f"max_model_len must be at most the model's context of {max_context} tokens, got {limit}; "
                 "use null for all of it",
                 field="max_model_len",
             )
+
+    def _info(self, model_name: str) -> EngineInfo:
+        model = self._loaded
         packages = ("torch", "deepspeed", "transformers", "ray")
         return EngineInfo(
             model_name=model_name,
             fingerprint=model.fingerprint,
             shape=model.shape,
-            max_context=limit or model.max_context,
+            max_context=self._config.max_model_len or model.max_context,
             vocab_size=model.vocab_size,
             eos_token_ids=tuple(model.eos_token_ids),
             dtype=self._config.dtype,
