@@ -1,38 +1,29 @@
-"""Whether a request can be computed at all: checked before any compute, by the router and again by the
-engine."""
+"""Whether a request can be computed at all: asked by the router and by the engine, before any compute."""
 
 from __future__ import annotations
 
-from cluster.protocol import EngineError, EngineInfo, Request
-from spts.errors import SptsError
+from cluster.protocol import EngineError, EngineInfo, ErrorKind, Request
+from spts.errors import RequestError, SptsError
+from spts.request import check_tokens
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
     """Raise EngineError unless `request` can be computed by the engine that `info` describes. No compute."""
-    prompt = len(request.token_ids)
-    if prompt == 0:
-        raise EngineError("invalid_request", "prompt must have at least one token, got 0; send one", "prompt")
-    wrong = next((t for t in request.token_ids if not 0 <= t < info.vocab_size), None)
-    if wrong is not None:
-        raise EngineError(
-            "invalid_request",
-            f"prompt must hold token ids from 0 to {info.vocab_size - 1}, got {wrong}; use the model's "
-            "tokenizer",
-            "prompt",
+    try:
+        check_tokens(
+            request.token_ids,
+            max_new_tokens=request.max_new_tokens,
+            vocab_size=info.vocab_size,
+            max_context=info.max_context,
         )
+        request.method.schedule_for(info.shape.num_layers)
+    except SptsError as error:
+        raise as_engine_error(error) from None
     if request.max_new_tokens < 1:
         raise EngineError(
             "invalid_request",
-            f"max_tokens must be at least 1, got {request.max_new_tokens}; ask for one",
-            "max_tokens",
-        )
-    if prompt + request.max_new_tokens > info.max_context:
-        raise EngineError(
-            "context_length_exceeded",
-            f"prompt + max_tokens must be at most {info.max_context} tokens, got {prompt} + "
-            f"{request.max_new_tokens}"
-            f" = {prompt + request.max_new_tokens}; shorten the prompt or ask for fewer tokens",
-            "max_tokens" if prompt < info.max_context else "prompt",
+            f"max_new_tokens must be at least 1, got {request.max_new_tokens}; ask for a token",
+            "max_new_tokens",
         )
     if request.method.needs_proxies and not info.has_proxies:
         raise EngineError(
@@ -41,7 +32,11 @@ def check_request(request: Request, info: EngineInfo) -> None:
             "fit them with python -m jobs.calibrate, or use dense",
             "method",
         )
-    try:
-        request.method.schedule_for(info.shape.num_layers)
-    except SptsError as error:
-        raise EngineError("invalid_request", str(error), error.field) from None
+
+
+def as_engine_error(error: SptsError) -> EngineError:
+    """A fault of the request, as the engine says it."""
+    kind: ErrorKind = "invalid_request"
+    if isinstance(error, RequestError) and error.code == "context_length_exceeded":
+        kind = "context_length_exceeded"
+    return EngineError(kind, str(error), error.field)

@@ -35,6 +35,10 @@ HTTP_ERRORS: Mapping[str, HttpError] = {
 }
 
 
+# What the library and the engine call a field, and what the API calls it.
+API_NAMES = {"token_ids": "prompt", "max_new_tokens": "max_tokens"}
+
+
 class ApiError(Exception):
     """A fault found in the router. kind: a key of HTTP_ERRORS. param: the request's field, if one is at
     fault."""
@@ -52,10 +56,16 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineError) and error.kind != "internal":
-        return ApiError(error.kind, error.message, error.param)
+        return _renamed(error.kind, error.message, error.param)
     if isinstance(error, SptsError):
-        return ApiError("invalid_request", str(error), error.field)
+        return _renamed("invalid_request", str(error), error.field)
     return ApiError("internal", f"internal error; quote request id {request_id} to the operator")
+
+
+def _renamed(kind: str, message: str, param: str | None) -> ApiError:
+    for ours, theirs in API_NAMES.items():
+        message = message.replace(ours, theirs)
+    return ApiError(kind, message, API_NAMES.get(param or "", param))
 
 
 def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster import placement
+from cluster.admission import as_engine_error
 from cluster.config import EngineConfig, resolve_path
 from cluster.protocol import (
     EngineError,
     EngineInfo,
-    ErrorKind,
     NewToken,
     Prefilled,
     Request,
@@ -29,7 +29,7 @@ from cluster.protocol import (
     StepOutput,
 )
 from spts import cost
-from spts.errors import ConfigError, RequestError, SptsError
+from spts.errors import ConfigError, SptsError
 
 if TYPE_CHECKING:
     import torch
@@ -231,11 +231,7 @@ class Shard:
         except (
             SptsError
         ) as error:  # the same on every rank: it depends on the request and the configuration alone
-            code = error.code if isinstance(error, RequestError) else ""
-            kind: ErrorKind = (
-                "context_length_exceeded" if code == "context_length_exceeded" else "invalid_request"
-            )
-            answer.refused.append((request.request_id, EngineError(kind, str(error), error.field)))
+            answer.refused.append((request.request_id, as_engine_error(error)))
         else:
             self._prefills[request.request_id] = (request, state)
 

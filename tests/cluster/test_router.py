@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from typing import Any
 
 import httpx
 import openai
@@ -18,7 +19,7 @@ from cluster.tokenizer import TextTokenizer
 from tests.cluster.tiny import SCHEDULE, write_tokenizer
 from tests.fakes import EOS, FakeEngine
 
-POOLS = [
+POOLS: list[dict[str, Any]] = [
     {"max_prompt_tokens": 50, "method": {"name": "dense"}},
     {"method": {"name": "spts", "schedule": SCHEDULE.to_dict()}},
 ]
@@ -67,7 +68,7 @@ def error_of(response: httpx.Response) -> dict:
     return body["error"]
 
 
-def events(response: httpx.Response) -> list[dict | str]:
+def events(response: httpx.Response) -> list[Any]:
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
@@ -227,7 +228,7 @@ async def test_the_end_token_ends_the_answer_without_text(folder, tokenizer):
     assert answer["usage"]["completion_tokens"] == len(ids)
 
 
-@pytest.mark.parametrize("stop", ["fox", ["lazy", "fox"], ["ox ", "fox"]])
+@pytest.mark.parametrize("stop", ["fox", ["lazy", "fox"], ["ox a", "fox"]])
 async def test_a_stop_string_ends_the_answer_before_it_and_frees_the_engine(folder, stop):
     body = completion(prompt="the brown fox and ", max_tokens=100, stop=stop)
     async with endpoint(folder) as (client, engine):
@@ -324,7 +325,7 @@ BAD = [
     (COMPLETIONS, completion(prompt=["a", 3]), "prompt", "invalid_value", "text, token ids"),
     (COMPLETIONS, completion(prompt=""), "prompt", "invalid_value", "at least one token, got 0"),
     (COMPLETIONS, completion(prompt=[]), "prompt", "invalid_value", "at least one token, got 0"),
-    (COMPLETIONS, completion(prompt=[1, 298]), "prompt", "invalid_value", "from 0 to 297, got 298"),
+    (COMPLETIONS, completion(prompt=[1, 298]), "prompt", "invalid_value", "in 0..297, got 298"),
     (COMPLETIONS, completion(seed=1.5), "seed", "invalid_value", "valid integer, got 1.5"),
     (COMPLETIONS, completion(spts={"method": "magic"}), "method.name", "invalid_value", "one of dense, spts"),
     (COMPLETIONS, completion(spts={"methd": "dense"}), "spts", "unsupported_parameter", "spts.methd"),
@@ -364,7 +365,7 @@ async def test_the_context_is_exact_and_its_error_has_the_three_counts(folder, p
     assert answer.status_code == 400
     error = error_of(answer)
     assert error["code"] == "context_length_exceeded"
-    assert "at most 512 tokens, got 500 + 13 = 513" in error["message"]
+    assert "prompt + max_tokens must be at most the context of 512 tokens, got 500 + 13;" in error["message"]
 
 
 async def test_a_chat_that_fills_the_context_is_refused_not_cut(folder):
@@ -503,7 +504,7 @@ async def test_the_openai_client_works_unmodified(folder):
         assert whole.choices[0].message.role == "assistant"
         assert whole.usage is not None
         assert whole.usage.completion_tokens == 3
-        assert whole.usage.model_extra == {"spts": whole.usage.model_extra["spts"]}
+        assert set(whole.usage.model_extra or {}) == {"spts"}
         stream = await sdk.completions.create(model="tiny", prompt="fox", max_tokens=3, stream=True)
         assert [chunk.choices[0].finish_reason async for chunk in stream][-1] == "length"
         with pytest.raises(openai.NotFoundError) as missing:
