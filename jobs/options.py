@@ -38,19 +38,28 @@ def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:
         )
     data = read_yaml(path)
     try:
-        return _from_mapping(data, num_layers, num_tokens)
+        return schedule_from(data, num_layers=num_layers, num_tokens=num_tokens)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}", field=error.field) from None
 
 
-def _from_mapping(data: object, num_layers: int, num_tokens: int) -> Schedule:
+def schedule_from(data: object, *, num_layers: int, num_tokens: int) -> Schedule:
+    """The schedule that a mapping of a configuration means for a model and a prompt length.
+
+    {preset: NAME} is the preset as published, {preset: NAME, scaled: true} fitted to depth and length; else
+    `data` has a schedule's own keys, and is fitted if it also has reference_tokens. Raises ConfigError naming
+    the key.
+    """
     if not isinstance(data, Mapping):
         raise ConfigError(f"schedule must be a mapping, got {data!r}; correct it", field="schedule")
     if "preset" in data:
         check_keys("schedule", data, required=("preset",), optional=("scaled",))
-        if data.get("scaled", False):
-            return _scaled(str(data["preset"]), num_layers, num_tokens)
-        return Schedule.preset(str(data["preset"]))
+        name, scaled = str(data["preset"]), data.get("scaled", False)
+        if not isinstance(scaled, bool):
+            raise ConfigError(
+                f"schedule.scaled must be true or false, got {scaled!r}; correct it", field="schedule"
+            )
+        return _scaled(name, num_layers, num_tokens) if scaled else Schedule.preset(name)
     own = {key: value for key, value in data.items() if key != "reference_tokens"}
     schedule = Schedule.from_dict(own)
     if "reference_tokens" not in data:
@@ -85,7 +94,8 @@ def describe_schedule(schedule: Schedule) -> str:
     first = schedule.first_skip_layer
     for stage in schedule.stages:
         cut = "" if stage.keep_tokens is None else f", then keep {stage.keep_tokens}"
-        parts.append(f"{first}-{stage.last_layer}: {stage.active_tokens} tokens{cut}")
+        layers = f"{first}-{stage.last_layer}" if first < stage.last_layer else f"{first}"
+        parts.append(f"{layers}: {stage.active_tokens} tokens{cut}")
         first = stage.last_layer + 1
     return "; ".join(parts)
 

@@ -22,11 +22,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cluster.config import Strict, parse, read_yaml
+from jobs.options import schedule_from
 from jobs.tasks import get_task
 from spts import methods
 from spts.errors import ConfigError
 from spts.methods import METHODS, Method
-from spts.schedule import PRESETS, Schedule, check_keys, require_int
+from spts.schedule import Schedule
 
 
 class EngineSpec(Strict):
@@ -182,23 +183,7 @@ def concrete_schedule(choice: str | Mapping[str, Any], *, num_layers: int, lengt
     """
     if isinstance(choice, str):
         return Schedule.preset(choice)
-    if "preset" in choice:
-        check_keys("schedule", choice, required=("preset",), optional=("scaled",))
-        schedule, reference = Schedule.preset(choice["preset"]), PRESETS[choice["preset"]].reference_tokens
-        scaled = choice.get("scaled", False)
-        if not isinstance(scaled, bool):
-            raise ConfigError(
-                f"schedule.scaled must be true or false, got {scaled!r}; correct it", field="schedule"
-            )
-    else:
-        data = dict(choice)
-        reference, scaled = data.pop("reference_tokens", None), "reference_tokens" in choice
-        schedule = Schedule.from_dict(data)
-        if scaled:
-            require_int("schedule.reference_tokens", reference, minimum=1)
-    if not scaled:
-        return schedule
-    return schedule.scaled(num_layers=num_layers, num_tokens=length, reference_tokens=reference)
+    return schedule_from(choice, num_layers=num_layers, num_tokens=length)
 
 
 def is_uploaded_copy() -> bool:

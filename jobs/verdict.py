@@ -72,11 +72,7 @@ def judge(
         f"{'SAFE' if safe else 'NOT SAFE'}: under this schedule {safety.method_agreement:.1%} of "
         f"{safety.num_prompts} predictions are the dense model's (KL {safety.method_kl_nats:.4f} nats; "
         f"safe means at least {min_agreement:.0%})",
-        *(
-            f"{'NOT SAFE' if curve in lost else 'SAFE'} on {curve.name}: {curve.method:.1%} of "
-            f"{curve.samples} right, dense {curve.dense:.1%}"
-            for curve in curves
-        ),
+        *(_task_line(curve, lost=curve in lost) for curve in curves),
         f"from layer {safe_from} on updates of the context no longer matter; "
         f"this schedule skips from layer {first}",
     ]
@@ -94,6 +90,13 @@ def judge(
         method_agreement=safety.method_agreement,
         lines=tuple(lines),
     )
+
+
+def _task_line(curve: TaskCurve, *, lost: bool) -> str:
+    if not curve.dense:
+        return f"{curve.name} says nothing: the dense model is never right on it"
+    word = "NOT SAFE" if lost else "SAFE"
+    return f"{word} on {curve.name}: {curve.method:.1%} of {curve.samples} right, dense {curve.dense:.1%}"
 
 
 def table(safety: Safety, curves: Sequence[TaskCurve], work: Sequence[LayerWork]) -> str:

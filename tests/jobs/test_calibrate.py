@@ -26,10 +26,9 @@ def text(tmp_path) -> Path:
 
 
 def run(folder, text, out, *more: str) -> int:
-    return main(
-        ["--model", str(folder), "--texts", str(text), "--out", str(out), "--tokens", "64", "--windows", "3"]
-        + ["--live-tokens", "4", "--channels", "24", "--rank", "8", *more]
-    )
+    files = ["--model", str(folder), "--texts", str(text), "--out", str(out)]
+    sizes = ["--tokens", "64", "--windows", "3", "--live-tokens", "4", "--channels", "24", "--rank", "8"]
+    return main([*files, *sizes, *more])
 
 
 def schedule_file(path: Path, active: int) -> str:
