@@ -6,7 +6,7 @@ from functools import partial
 
 
 class SptsError(ValueError):
-    """Base of every error this library raises for its user; `field` names the faulty input when there is one."""
+    """Base of every error this library raises for its user; `field` names the faulty input, if any."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)

@@ -16,7 +16,9 @@ def get_task(name: str) -> Task:
         ConfigError: no task has that name.
     """
     if name not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(sorted(TASKS))}, got {name!r}; fix the name", field="task")
+        raise ConfigError(
+            f"task must be one of {', '.join(sorted(TASKS))}, got {name!r}; fix the name", field="task"
+        )
     return TASKS[name]
 
 

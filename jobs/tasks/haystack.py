@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "__pycache__",
+}
 _MAX_LINE_CHARS = 160
 _HELD_OUT_SHARE = 0.1
 
@@ -50,7 +58,12 @@ def haystack(part: str) -> tuple[str, ...]:
             continue
         for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
             line = raw.rstrip().replace("\t", "    ")
-            if line.isascii() and line.isprintable() and len(line) <= _MAX_LINE_CHARS and (line or (lines and lines[-1])):
+            if (
+                line.isascii()
+                and line.isprintable()
+                and len(line) <= _MAX_LINE_CHARS
+                and (line or (lines and lines[-1]))
+            ):
                 lines.append(line)
     return tuple(lines)
 

@@ -112,7 +112,9 @@ class NeedleTask:
             return [chain(nouns) for _ in range(1 + self.num_distractors)]
         return [fact(nouns, self.num_values) for _ in range(1 + self.num_distractors)]
 
-    def _sample(self, count_tokens: CountTokens, text: Sequence[str], length: int, seed: int, index: int) -> Sample:
+    def _sample(
+        self, count_tokens: CountTokens, text: Sequence[str], length: int, seed: int, index: int
+    ) -> Sample:
         rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{index}")
         needles = self._needles(rng)
         asked = needles[0]
@@ -142,7 +144,10 @@ class NeedleTask:
             id=f"{self.name}-{length}-{seed}-{index}",
             prompt=prompt,
             references=asked.answers,
-            meta={"depth": round(places[len(asked.lines) - 1] / len(lines), 4), "haystack": haystack_hash("held_out")},
+            meta={
+                "depth": round(places[len(asked.lines) - 1] / len(lines), 4),
+                "haystack": haystack_hash("held_out"),
+            },
         )
 
     def samples(self, count_tokens: CountTokens, *, length: int, count: int, seed: int) -> list[Sample]:

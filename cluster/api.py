@@ -1,0 +1,246 @@
+"""What a client may send: the bodies of /v1/completions and /v1/chat/completions, and the refusal of all
+else.
+
+A field that is not supported is refused by name unless its value asks for nothing; none is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cluster.config import explain
+from cluster.errors import ApiError
+from spts.sampling import MAX_LOGPROBS
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+
+# Fields of the OpenAI API that this server has not, and the values (besides null) that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),  # about tools, of which there are none
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+WHY_UNSUPPORTED = {
+    "echo": "log-likelihoods of a prompt do not measure skipping, and this server does not compute them",
+}
+
+
+FORMS = {
+    "prompt": "text, token ids, or a list of either",
+    "stop": "a string or a list of strings",
+}
+
+
+class Body(BaseModel):
+    """Base of all bodies: unknown keys are errors, and a number is not a string."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StreamOptions(Body):
+    """include_usage: a last chunk with the usage, and no choices."""
+
+    include_usage: bool = False
+
+
+class SptsOptions(Body):
+    """Per-request choice of method. schedule: its numbers, or a preset's name; None = as the server is
+    configured."""
+
+    method: str
+    schedule: dict[str, Any] | str | None = None
+    seed: int | None = None
+
+
+class GenerationBody(Body):
+    """Fields that both endpoints share; names, ranges and defaults are OpenAI's, `top_k` and `spts` are ours.
+
+    user: accepted and without effect, as it is there for the client's own records.
+    """
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(default=None, ge=1)
+    stop: str | list[str] | None = None
+    user: str | None = None
+    spts: SptsOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_short(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+            raise ValueError(
+                f"stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters, got "
+                f"{value!r}; "
+                "send fewer or shorter ones"
+            )
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings, none or more."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report per token; None = no log-probabilities at all."""
+        raise NotImplementedError
+
+    def token_limit(self) -> int | None:
+        """Most tokens to answer with; None = as many as fit."""
+        return self.max_tokens
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions. prompt: text or token ids, or a list of either."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    def num_logprobs(self) -> int | None:
+        """See `GenerationBody`."""
+        return self.logprobs
+
+    def token_limit(self) -> int | None:
+        """16 by default, as in the OpenAI API."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts of a batch; one for a single prompt."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            return list(prompt)  # type: ignore[arg-type]  # its members are alike, so they are prompts
+        return [prompt]  # type: ignore[list-item]  # and what is left is text or token ids
+
+
+class TextPart(Body):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn of a conversation. name: accepted and without effect, chat templates have no place for it."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    def num_logprobs(self) -> int | None:
+        """See `GenerationBody`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def token_limit(self) -> int | None:
+        """`max_completion_tokens`, or the older `max_tokens`."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The messages as chat templates expect them; "developer" is the newer name of "system"."""
+        return [
+            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+            for message in self.messages
+        ]
+
+
+AnyBody = TypeVar("AnyBody", bound=GenerationBody)
+
+
+def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
+    """A request's body, checked. Raises ApiError naming the first field at fault."""
+    try:
+        data = json.loads(raw)
+    except ValueError as error:  # also a UnicodeDecodeError
+        raise ApiError("invalid_request", f"body must be JSON, got {error}; correct it") from None
+    if not isinstance(data, dict):
+        raise ApiError("invalid_request", f"body must be a JSON object, got {type(data).__name__}; send one")
+    for name, neutral in UNSUPPORTED.items():
+        value = data.pop(name, None)
+        if value is not None and value not in neutral:
+            why = WHY_UNSUPPORTED.get(name, "this server does not support it")
+            raise ApiError("unsupported_parameter", f"{name} must not be given, got {value!r}; {why}", name)
+    try:
+        body = model.model_validate(data)
+    except ValidationError as error:
+        raise _first_fault(error, model) from None
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(
+            "invalid_request",
+            "stream_options must only be given with stream = true, got false; remove it",
+            "stream_options",
+        )
+    if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(
+            "invalid_request",
+            "top_logprobs must only be given with logprobs = true, got {body.top_logprobs}; add it",
+            "top_logprobs",
+        )
+    return body
+
+
+def _first_fault(error: ValidationError, model: type[GenerationBody]) -> ApiError:
+    faults = [dict(fault) for fault in error.errors()]
+    unknown = next((fault for fault in faults if fault["type"] == "extra_forbidden"), None)
+    if unknown is not None:
+        return ApiError("unsupported_parameter", explain(unknown, model), _param(unknown))
+    fault = faults[0]
+    param = _param(fault)
+    if param in FORMS and fault["type"] not in ("missing", "value_error"):
+        # A union: pydantic lists one fault per member, and no single one tells what the field may be.
+        got = repr(fault["input"])[:80]
+        return ApiError("invalid_request", f"{param} must be {FORMS[param]}, got {got}; correct it", param)
+    return ApiError("invalid_request", explain(fault, model), param)
+
+
+def _param(fault: Mapping[str, Any]) -> str | None:
+    return str(fault["loc"][0]) if fault["loc"] else None

@@ -1,0 +1,269 @@
+"""The only door for YAML: frozen models that refuse unknown keys, and errors that name file, key, rule and
+value.
+
+python -m cluster.config ray_config.yaml      checks the whole file, Serve's own blocks included, deploys
+nothing
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from spts import methods
+from spts.errors import ConfigError
+from spts.methods import Method
+from spts.schedule import PRESETS
+
+
+class Strict(BaseModel):
+    """Base of every configuration model: unknown keys are errors, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EngineConfig(Strict):
+    """One engine: a model on a group of tensor-parallel ranks.
+
+    model: folder (relative ones are looked for in the working directory, then beside the packages) or hub id.
+    proxies: folder of fitted proxies; None = the model folder's own. max_model_len: prompt plus new tokens;
+    None = the model's. num_threads: CPU threads per rank. max_running, max_waiting, layers_per_step: see
+    `cluster.scheduler.Scheduler`. start_timeout_s: to load the model. step_timeout_s: a step that takes
+    longer means a rank hangs, and the group restarts. max_restarts: failed starts in a row after which the
+    engine gives up.
+    """
+
+    model: str = Field(min_length=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    proxies: str | None = None
+    max_model_len: int | None = Field(default=None, ge=2)
+    num_threads: int = Field(default=1, ge=1)
+    max_running: int = Field(default=8, ge=1)
+    max_waiting: int = Field(default=64, ge=0)
+    layers_per_step: int = Field(default=4, ge=1)
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    step_timeout_s: float = Field(default=300.0, gt=0)
+    max_restarts: int = Field(default=3, ge=0)
+
+
+class PoolConfig(Strict):
+    """One row of the router's table: prompts of up to `max_prompt_tokens` (None = any) run `method` on
+    `engine`.
+
+    method: {name: dense}, or {name: spts, schedule: ...} with a schedule's own keys, or the name of a preset.
+    """
+
+    engine: str = "default"
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    method: dict[str, Any]
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        parse_method(value)
+        return value
+
+
+class AppConfig(Strict):
+    """`args` of ray_config.yaml: the engines, and which prompt goes to which.
+
+    served_model_name: the name clients ask for; None = the model folder's name. pools: by prompt length,
+    shortest first; the last one takes the rest. request_timeout_s: deadline of every request.
+    max_prompts: prompts x n in one HTTP request.
+    """
+
+    served_model_name: str | None = None
+    engines: dict[str, EngineConfig] = Field(min_length=1)
+    pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    max_prompts: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _pools_fit_together(self) -> AppConfig:
+        for index, pool in enumerate(self.pools):
+            if pool.engine not in self.engines:
+                raise ValueError(
+                    f"pools.{index}.engine must be one of {', '.join(self.engines)}, got {pool.engine!r}; "
+                    "name an engine of this file"
+                )
+        *bounded, last = (pool.max_prompt_tokens for pool in self.pools)
+        if last is not None:
+            raise ValueError(
+                f"pools.{len(bounded)}.max_prompt_tokens must be null in the last pool, got {last}; "
+                "it takes the prompts that are left"
+            )
+        for index, limit in enumerate(bounded):
+            if limit is None or (index and limit <= (bounded[index - 1] or 0)):
+                raise ValueError(
+                    f"pools.{index}.max_prompt_tokens must grow from pool to pool, got {limit}; order the "
+                    "pools"
+                )
+        models = {engine.model for engine in self.engines.values()}
+        if len(models) > 1:
+            raise ValueError(
+                f"engines.*.model must be the same for all engines, got {', '.join(sorted(models))}; "
+                "deploy one application per model"
+            )
+        return self
+
+    @property
+    def model(self) -> str:
+        """The model that every engine runs."""
+        return next(iter(self.engines.values())).model
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for."""
+        return self.served_model_name or Path(self.model).name
+
+
+def parse_method(data: Mapping[str, Any]) -> Method:
+    """`methods.from_dict`, where `schedule` may also be a preset's name. Raises ConfigError."""
+    schedule = data.get("schedule")
+    if isinstance(schedule, str):
+        if schedule not in PRESETS:
+            raise ConfigError(
+                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {schedule!r}; "
+                "correct it",
+                field="method.schedule",
+            )
+        data = {**data, "schedule": PRESETS[schedule].schedule.to_dict()}
+    return methods.from_dict(data)
+
+
+def resolve_path(path: str) -> str:
+    """An absolute path for a folder that exists in the working directory or beside the packages, else `path`
+    itself (a hub id). Workers of a Ray cluster have working directories of their own."""
+    for base in (Path.cwd(), Path(__file__).resolve().parent.parent):
+        if (base / path).is_dir():
+            return str((base / path).resolve())
+    return path
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(data: object, model: type[Model], *, source: str) -> Model:
+    """`data` as a `model`. Raises ConfigError naming `source`, the key, the rule and the value of every
+    fault."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        faults = "; ".join(explain(dict(fault), model) for fault in error.errors())
+        first = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ConfigError(f"{source}: {faults}", field=first or None) from None
+
+
+def load_yaml(path: str | Path, model: type[Model]) -> Model:
+    """Read a YAML file as a `model`. Raises ConfigError as `parse`, and for a file that is missing or not
+    YAML."""
+    return parse(read_yaml(path), model, source=str(path))
+
+
+def read_yaml(path: str | Path) -> object:
+    """The plain data of a YAML file. Raises ConfigError."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} must be a readable YAML file, got {error.strerror}; check the path", field="config"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} must be YAML, got {error}; correct it", field="config") from None
+
+
+def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> str:
+    """One pydantic fault in the house's words: "<key> must <rule>, got <value>; <what to do>"."""
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(_known_keys(model, fault["loc"][:-1])) if model else ""
+        what = f"be one of {known}" if known else "be a known key"
+        return f"{key} must {what}, got an unknown key; remove it or correct its name"
+    if fault["type"] == "missing":
+        return f"{key} must be given, got nothing; add it"
+    if fault["type"] == "value_error":
+        message = str(fault["ctx"]["error"])
+        return f"{key}: {message}" if key else message
+    rule = fault["msg"].replace("Input should be ", "be ").replace("Input should have ", "have ")
+    return f"{key} must {rule[0].lower()}{rule[1:]}, got {fault['input']!r}; correct it"
+
+
+def check_ray_config(path: str | Path) -> AppConfig:
+    """Check a whole ray_config.yaml: our `args`, and Serve's blocks, whose unknown keys Serve itself lets
+    pass.
+
+    Raises ConfigError naming the key. Returns the one application's `args`.
+    """
+    from ray.serve.schema import ServeDeploySchema
+
+    data = read_yaml(path)
+    _refuse_unknown_keys(data, ServeDeploySchema, str(path))
+    try:
+        deploy = ServeDeploySchema.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(explain(dict(fault)) for fault in error.errors())) from None
+    if len(deploy.applications) != 1:
+        raise ConfigError(
+            f"{path}: applications must hold one application, got {len(deploy.applications)}; remove the "
+            "others",
+            field="applications",
+        )
+    return parse(deploy.applications[0].args, AppConfig, source=f"{path}: applications.0.args")
+
+
+def _refuse_unknown_keys(data: object, schema: object, where: str, key: str = "") -> None:
+    """Walk `data` beside a pydantic schema; raise ConfigError at the first key that the schema does not
+    have."""
+    if isinstance(data, list):
+        for index, item in enumerate(data):
+            _refuse_unknown_keys(item, schema, where, f"{key}.{index}")
+    model = _model_in(schema)
+    if model is None or not isinstance(data, Mapping):
+        return
+    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    for name, value in data.items():
+        path = f"{key}.{name}".lstrip(".")
+        if name not in fields:
+            raise ConfigError(
+                f"{where}: {path} must be one of {', '.join(sorted(fields))}, got an unknown key; "
+                "remove it or correct its name",
+                field=path,
+            )
+        _refuse_unknown_keys(value, fields[name], where, path)
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Keys of the model at `loc` inside `model`; empty when it is not a model."""
+    schema: object = model
+    for part in loc:
+        inner = _model_in(schema)
+        if inner is not None and part in inner.model_fields:
+            schema = inner.model_fields[part].annotation
+    inner = _model_in(schema)
+    return list(inner.model_fields) if inner else []
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `list[Model] | None`, if there is one."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m cluster.config ray_config.yaml")
+    try:
+        app = check_ray_config(sys.argv[1])
+    except ConfigError as error:
+        sys.exit(str(error))
+    print(
+        f"{sys.argv[1]} is valid: {app.model_name} on {len(app.engines)} engine(s), {len(app.pools)} pool(s)"
+    )

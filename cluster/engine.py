@@ -1,0 +1,388 @@
+"""An engine: one model on a group of ranks, answering many requests at once. The same class is a plain Ray
+actor in a sweep (`start_engine`) and a Serve deployment behind the router.
+
+The step loop has three verbs: schedule (scheduler.py decides), run (every rank does the same), postprocess
+(tokens go out). Compute happens in the ranks' processes, so this one's event loop is always free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.admission import check_request
+from cluster.config import EngineConfig
+from cluster.group import Group, RayGroup, placement_name
+from cluster.protocol import (
+    Chunk,
+    EngineError,
+    EngineInfo,
+    FinishReason,
+    NewToken,
+    Prefilled,
+    Request,
+    Result,
+    Step,
+    StepOutput,
+)
+from cluster.scheduler import Scheduler
+from spts.errors import SptsError
+from spts.methods import Dense
+from spts.sampling import Sampling, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "failed", "stopped"]
+
+
+@dataclass
+class _Flight:
+    """One request from arrival to its last token. Times are `time.perf_counter()` seconds."""
+
+    request: Request
+    arrived: float
+    out: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)
+    timer: asyncio.TimerHandle | None = None
+    started: float = 0.0
+    first: float = 0.0
+    prefilled: Prefilled | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Engine:
+    """Owns a group of ranks: start, step loop, streams, deadlines, restart. `start` comes before everything
+    else.
+
+    config: validated. group: the ranks; None = Ray actors of `cluster.shard.Shard`.
+    """
+
+    def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
+        self._config = config
+        self._group: Group = RayGroup(config) if group is None else group
+        self._state: State = "starting"
+        self._info: EngineInfo | None = None
+        self._scheduler: Scheduler | None = None
+        self._flights: dict[str, _Flight] = {}
+        self._release: list[str] = []
+        self._lost = False
+        self._wake = asyncio.Event()
+        self._step_loop: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
+        self._start_lock = asyncio.Lock()
+        self.num_restarts = 0
+
+    async def start(self) -> EngineInfo:
+        """Load the model, answer one request, and begin to serve. Again: only the info.
+
+        Raises SptsError for the user's faults (ConfigError, ModelError, ProxyError) and EngineError for the
+        rest.
+        """
+        async with self._start_lock:
+            if self._info is None:
+                try:
+                    await self._start_group()
+                    self._step_loop = asyncio.create_task(self._run_steps())
+                    await self._warm_up()
+                except BaseException:
+                    await self.shutdown()
+                    raise
+            assert self._info is not None
+            return self._info
+
+    async def info(self) -> EngineInfo:
+        """What this engine runs. Raises EngineError "unavailable" before `start` has ended."""
+        if self._info is None:
+            raise EngineError("unavailable", "the engine is loading its model; retry later")
+        return self._info
+
+    async def run(self, request: Request) -> Result:
+        """The whole answer at once. Raises EngineError."""
+        async with aclosing(self.generate(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.result is not None:
+                    return chunk.result
+        raise AssertionError("a stream ends with a result or raises")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """Stream the answer. Raises EngineError, also after the first chunk. Leaving the stream aborts the
+        request."""
+        flight = self._admit(request)
+        try:
+            while True:
+                item = await flight.out.get()
+                if isinstance(item, EngineError):
+                    raise item
+                yield item
+                if item.result is not None:
+                    return
+        finally:
+            self._drop(request.request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream raises EngineError "unavailable". Unknown ids are ignored: it may have
+        ended."""
+        self._fail(request_id, EngineError("unavailable", "the request was aborted"))
+
+    async def check_health(self) -> None:
+        """Raise EngineError unless this engine serves, or is about to. Serve replaces the replica when it
+        raises."""
+        if self._state in ("failed", "stopped"):
+            raise EngineError("unavailable", f"the engine has {self._state}; replace it")
+
+    async def ready(self) -> bool:
+        """Whether a request sent now would be computed."""
+        return self._state == "ready"
+
+    async def shutdown(self) -> None:
+        """End the ranks; requests in flight fail with "unavailable". The engine does not start again."""
+        self._state = "stopped"
+        for task in (self._step_loop, self._watch_task):
+            if task is not None:
+                task.cancel()
+        self._fail_all(EngineError("unavailable", "the engine is shutting down; retry later"))
+        await self._group.stop()
+        self._group.close()
+
+    # -- admission -------------------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> _Flight:
+        if self._state != "ready" or self._info is None or self._scheduler is None:
+            raise EngineError("unavailable", f"the engine must be ready, got {self._state}; retry later")
+        check_request(request, self._info)
+        if request.request_id in self._flights:
+            raise EngineError(
+                "invalid_request",
+                f"request_id must be unique, got {request.request_id!r} while it is in flight; choose "
+                "another",
+                "request_id",
+            )
+        self._scheduler.admit(request.request_id)
+        flight = _Flight(request=request, arrived=time.perf_counter())
+        self._flights[request.request_id] = flight
+        if request.deadline_s is not None:
+            late = EngineError(
+                "deadline", f"the answer must take at most {request.deadline_s:g} s; it took longer"
+            )
+            flight.timer = asyncio.get_running_loop().call_later(
+                request.deadline_s, self._fail, request.request_id, late
+            )
+        self._wake.set()
+        return flight
+
+    def _drop(self, request_id: str) -> _Flight | None:
+        """Forget a request and free its cache, wherever it is."""
+        flight = self._flights.pop(request_id, None)
+        if flight is not None:
+            if flight.timer is not None:
+                flight.timer.cancel()
+            if self._scheduler is not None:
+                self._scheduler.release(request_id)
+            if flight.started:
+                self._release.append(request_id)
+                self._wake.set()
+        return flight
+
+    def _fail(self, request_id: str, error: EngineError) -> None:
+        flight = self._drop(request_id)
+        if flight is not None:
+            flight.out.put_nowait(error)
+
+    def _fail_all(self, error: EngineError) -> None:
+        for request_id in list(self._flights):
+            self._fail(request_id, error)
+
+    # -- the step loop ---------------------------------------------------------------------------------------
+
+    async def _run_steps(self) -> None:
+        try:
+            while True:
+                step = None if self._lost else self._schedule()
+                if self._lost:
+                    await self._restart(EngineError("unavailable", "a rank of the engine died; retry later"))
+                elif step is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+                else:
+                    try:
+                        output = await self._group.step(step)
+                    except EngineError as error:
+                        await self._restart(error)
+                    else:
+                        self._postprocess(output)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # the loop is the engine: whatever ends it must end the requests too
+            self._state = "failed"
+            logger.exception("the engine has failed")
+            message = (
+                str(error) if isinstance(error, EngineError) else "the step loop failed; see the engine's log"
+            )
+            self._fail_all(EngineError("unavailable", message))
+
+    def _schedule(self) -> Step | None:
+        assert self._scheduler is not None
+        plan = self._scheduler.schedule()
+        release, self._release = tuple(self._release), []
+        if plan is None:
+            return Step(release=release) if release else None
+        start = None
+        if plan.start is not None:
+            flight = self._flights[plan.start]
+            flight.started = time.perf_counter()
+            start = flight.request
+        decode = tuple((request_id, self._flights[request_id].token_ids[-1]) for request_id in plan.decode)
+        return Step(release=release, start=start, advance=plan.advance, decode=decode)
+
+    def _postprocess(self, output: StepOutput) -> None:
+        for request_id, error in output.refused:
+            self._fail(request_id, error)
+        if output.prefilled is not None and output.prefilled.request_id in self._flights:
+            self._flights[output.prefilled.request_id].prefilled = output.prefilled
+        now = time.perf_counter()
+        for token in output.tokens:
+            flight = self._flights.get(token.request_id)
+            if flight is not None:  # else it was aborted while the step ran
+                self._emit(flight, token, now)
+
+    def _emit(self, flight: _Flight, token: NewToken, now: float) -> None:
+        """Hand one token to its stream, and end the request when it is the last."""
+        request = flight.request
+        if not flight.token_ids:
+            flight.first = now
+        flight.token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            flight.logprobs.append(token.logprobs)
+        reason = self._finish_reason(flight)
+        flight.out.put_nowait(
+            Chunk(
+                request_id=request.request_id,
+                token_ids=(token.token_id,),
+                logprobs=None if token.logprobs is None else (token.logprobs,),
+                finish_reason=reason,
+                result=None if reason is None else _result(flight, reason, now),
+                prefilled=flight.prefilled if len(flight.token_ids) == 1 else None,
+            )
+        )
+        if reason is not None:
+            self._drop(request.request_id)
+
+    def _finish_reason(self, flight: _Flight) -> FinishReason | None:
+        assert self._info is not None
+        stop_ids = (*self._info.eos_token_ids, *flight.request.sampling.stop_token_ids)
+        if flight.token_ids[-1] in stop_ids:
+            return "stop"
+        return "length" if len(flight.token_ids) == flight.request.max_new_tokens else None
+
+    # -- start and restart -----------------------------------------------------------------------------------
+
+    async def _start_group(self) -> None:
+        config = self._config
+        info = await self._group.start()
+        self._info = info
+        self._scheduler = Scheduler(
+            num_layers=info.shape.num_layers,
+            layers_per_step=config.layers_per_step,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+        )
+        self._release, self._lost, self._state = [], False, "ready"
+        self._watch_task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        await self._group.wait_lost()
+        self._lost = True
+        self._wake.set()
+
+    async def _warm_up(self) -> None:
+        """One token, dense: what is slow the first time is slow now, and "ready" has been seen to be true."""
+        await self.run(
+            Request(
+                request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling()
+            )
+        )
+
+    async def _restart(self, reason: EngineError) -> None:
+        """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed
+        tries."""
+        self._state = "starting"
+        self._fail_all(reason)
+        if self._watch_task is not None:
+            self._watch_task.cancel()
+        for attempt in range(1, self._config.max_restarts + 1):
+            logger.warning("restarting the ranks (try %d): %s", attempt, reason)
+            await self._group.stop()
+            try:
+                await self._start_group()
+            except (EngineError, SptsError) as error:
+                reason = error if isinstance(error, EngineError) else EngineError("unavailable", str(error))
+            else:
+                self.num_restarts += 1
+                return
+        raise EngineError("unavailable", f"the ranks did not start again: {reason.message}")
+
+
+def _result(flight: _Flight, reason: FinishReason, now: float) -> Result:
+    request, prefilled = flight.request, flight.prefilled
+    assert prefilled is not None, "a token before the end of the prefill"
+    return Result(
+        request_id=request.request_id,
+        token_ids=tuple(flight.token_ids),
+        finish_reason=reason,
+        prompt_tokens=len(request.token_ids),
+        queue_s=flight.started - flight.arrived,
+        ttft_s=flight.first - flight.arrived,
+        decode_s=now - flight.first,
+        total_s=now - flight.arrived,
+        work=prefilled.work,
+        kv_tokens=prefilled.kv_tokens,
+        kv_bytes=prefilled.kv_bytes,
+        flops=prefilled.flops,
+        dense_flops=prefilled.dense_flops,
+        dense_kv_bytes=prefilled.dense_kv_bytes,
+        logprobs=tuple(flight.logprobs) if request.sampling.logprobs is not None else None,
+    )
+
+
+def start_engine(config: EngineConfig, *, name: str | None = None) -> Any:
+    """Start an engine as a Ray actor and wait until it serves; returns its handle.
+
+        engine = start_engine(EngineConfig(model="jobs/demo_model"))
+        result = ray.get(engine.run.remote(request))
+        stop_engine(engine)
+
+    Raises SptsError for the user's faults and EngineError for the rest.
+    """
+    import ray
+
+    actor = ray.remote(num_cpus=0, max_concurrency=10_000)(Engine)
+    engine = actor.options(name=name).remote(config)
+    try:
+        ray.get(engine.start.remote())
+    except ray.exceptions.RayTaskError as error:
+        ray.kill(engine)
+        if isinstance(error.cause, SptsError | EngineError):
+            raise error.cause from None
+        raise
+    return engine
+
+
+def stop_engine(engine: Any) -> None:
+    """End an engine from `start_engine` and its ranks. An engine that is already dead is fine."""
+    import ray
+
+    try:
+        ray.get(engine.shutdown.remote(), timeout=60)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        logger.info("the engine was gone before it was stopped")
+    ray.kill(engine)
+    try:
+        left = ray.util.get_placement_group(placement_name(engine._actor_id.hex()))
+    except ValueError:
+        return  # the engine gave it back itself
+    ray.util.remove_placement_group(left)

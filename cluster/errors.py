@@ -1,0 +1,74 @@
+"""Every way a request can fail over HTTP: one table, one shape, {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.protocol import EngineError
+from spts.errors import SptsError
+
+
+@dataclass(frozen=True)
+class HttpError:
+    """One row. retry_after_s: when to try again, as a Retry-After header; None = trying again does not
+    help."""
+
+    status: int
+    type: str
+    code: str | None
+    retry_after_s: int | None = None
+
+
+HTTP_ERRORS: Mapping[str, HttpError] = {
+    "invalid_request": HttpError(400, "invalid_request_error", "invalid_value"),
+    "unsupported_parameter": HttpError(400, "invalid_request_error", "unsupported_parameter"),
+    "context_length_exceeded": HttpError(400, "invalid_request_error", "context_length_exceeded"),
+    "model_not_found": HttpError(404, "invalid_request_error", "model_not_found"),
+    "not_found": HttpError(404, "invalid_request_error", "not_found"),
+    "method_not_allowed": HttpError(405, "invalid_request_error", "method_not_allowed"),
+    "deadline": HttpError(408, "timeout_error", None),
+    "payload_too_large": HttpError(413, "invalid_request_error", "payload_too_large"),
+    "internal": HttpError(500, "server_error", "internal_error"),
+    "overloaded": HttpError(503, "server_error", "overloaded", 1),
+    "unavailable": HttpError(503, "server_error", "unavailable", 5),
+}
+
+
+# What the library and the engine call a field, and what the API calls it.
+API_NAMES = {"token_ids": "prompt", "max_new_tokens": "max_tokens"}
+
+
+class ApiError(Exception):
+    """A fault found in the router. kind: a key of HTTP_ERRORS. param: the request's field, if one is at
+    fault."""
+
+    def __init__(self, kind: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.param = param
+
+
+def as_api_error(error: Exception, request_id: str) -> ApiError:
+    """What the client may know of `error`. A bug of ours is opaque: its text stays in the log, under the
+    id."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineError) and error.kind != "internal":
+        return _renamed(error.kind, error.message, error.param)
+    if isinstance(error, SptsError):
+        return _renamed("invalid_request", str(error), error.field)
+    return ApiError("internal", f"internal error; quote request id {request_id} to the operator")
+
+
+def _renamed(kind: str, message: str, param: str | None) -> ApiError:
+    for ours, theirs in API_NAMES.items():
+        message = message.replace(ours, theirs)
+    return ApiError(kind, message, API_NAMES.get(param or "", param))
+
+
+def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
+    """The JSON of an error, in a response's body or in a data chunk of a stream."""
+    row = HTTP_ERRORS[error.kind]
+    return {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}

@@ -1,0 +1,163 @@
+"""What crosses actor boundaries: small frozen dataclasses of plain data, and the one error type with its
+kinds.
+
+Standard library and spts's torch-free modules only: the router and the scheduler import this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from spts.cost import LayerWork, ModelShape
+from spts.methods import Method
+from spts.sampling import Sampling, TokenLogprobs
+
+FinishReason = Literal["stop", "length"]
+ErrorKind = Literal[
+    "invalid_request", "context_length_exceeded", "unavailable", "overloaded", "deadline", "internal"
+]
+ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
+
+
+class EngineError(Exception):
+    """Why a request got no answer. Survives pickling, so it is the same on both sides of an actor call.
+
+    kind: one of ERROR_KINDS; `cluster.errors` maps it to an HTTP status.
+    message: for the user. param: the request's field that is at fault, if one is.
+    """
+
+    def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:
+        if kind not in ERROR_KINDS:
+            raise ValueError(
+                f"kind must be one of {', '.join(ERROR_KINDS)}, got {kind!r}; choose one of them"
+            )
+        super().__init__(
+            kind, message, param
+        )  # all of them in args: that is what pickle calls the class with
+        self.kind: ErrorKind = kind
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to answer.
+
+    request_id: unique among the requests in flight. max_new_tokens: at least 1.
+    deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    method: Method
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished request, and what it cost as measured.
+
+    queue_s: arrival to the start of prefill. ttft_s: arrival to the first token. decode_s: first token to
+    last. total_s: arrival to last token. work: per layer, what the prefill really did. kv_tokens: prompt
+    tokens in the KV cache, summed over layers. kv_bytes, flops: of the prompt, over all ranks; dense_*: of a
+    dense prefill of the same prompt. logprobs: one entry per token when they were asked for, else None.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    queue_s: float
+    ttft_s: float
+    decode_s: float
+    total_s: float
+    work: tuple[LayerWork, ...]
+    kv_tokens: int
+    kv_bytes: int
+    flops: float
+    dense_flops: float
+    dense_kv_bytes: int
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """A prefill that has ended. kv_tokens, kv_bytes, flops as in `Result`."""
+
+    request_id: str
+    work: tuple[LayerWork, ...]
+    kv_tokens: int
+    kv_bytes: int
+    flops: float
+    dense_flops: float
+    dense_kv_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """New tokens of one request, in order. The last chunk, and only it, has `finish_reason` and `result`;
+    the first, and only it, has `prefilled`."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    result: Result | None = None
+    prefilled: Prefilled | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank
+    0."""
+
+    model_name: str
+    fingerprint: str
+    shape: ModelShape
+    max_context: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    world_size: int
+    versions: dict[str, str]
+    has_proxies: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What every rank of a group does next, in this order: release, start, advance, decode.
+
+    release: requests whose caches are dropped. start: a request whose prefill begins. advance: the request in
+    prefill, and the number of layers to run. decode: (request id, its latest token) of every running request.
+    """
+
+    release: tuple[str, ...] = ()
+    start: Request | None = None
+    advance: tuple[str, int] | None = None
+    decode: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewToken:
+    """The next token of one request."""
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """Rank 0's answer to a `Step`. refused: requests the model would not start, and why; nothing ran for
+    them."""
+
+    tokens: tuple[NewToken, ...] = ()
+    prefilled: Prefilled | None = None
+    refused: tuple[tuple[str, EngineError], ...] = ()

@@ -1,0 +1,224 @@
+"""The OpenAI endpoint: routes, bodies in, answers and streams out, failures in one shape. No torch in
+here."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.answers import SSE_END, Endpoint, Piece, sse
+from cluster.api import ChatBody, CompletionBody, GenerationBody, parse_body
+from cluster.config import AppConfig, resolve_path
+from cluster.dispatch import Dispatcher, EngineClient, Job
+from cluster.errors import HTTP_ERRORS, ApiError, as_api_error, error_body
+from cluster.protocol import EngineError
+from cluster.tokenizer import TextTokenizer
+from spts.errors import SptsError
+
+logger = logging.getLogger(__name__)
+
+# A token of a prompt takes at most about this many bytes of JSON; a body may have so many more around them.
+BYTES_PER_TOKEN = 16
+BYTES_AROUND = 1 << 16
+# Until an engine has told its context.
+ASSUMED_CONTEXT = 1 << 17
+
+
+class Router:
+    """Routes and what is behind them. engines: by the names in `config.engines`."""
+
+    def __init__(self, config: AppConfig, engines: Mapping[str, EngineClient]) -> None:
+        self._config = config
+        self._tokenizer = TextTokenizer(resolve_path(config.model))
+        self._dispatcher = Dispatcher(config, engines, self._tokenizer)
+        self._created = int(time.time())
+
+    def app(self) -> ASGIApp:
+        """The ASGI application: every answer has a request id, and every failure the same shape."""
+        app = FastAPI(title="SPTS", openapi_url=None)
+        for path, route, verb in (
+            ("/health", self.health, "GET"),
+            ("/ready", self.ready, "GET"),
+            ("/v1/models", self.models, "GET"),
+            ("/v1/models/{model:path}", self.model, "GET"),
+            ("/v1/completions", self.completions, "POST"),
+            ("/v1/chat/completions", self.chat, "POST"),
+        ):
+            app.add_api_route(path, route, methods=[verb], response_model=None)
+        app.add_exception_handler(HTTPException, _no_such_route)
+        for kind in (ApiError, EngineError, SptsError, Exception):
+            app.add_exception_handler(kind, _failure)
+        return RequestId(app)
+
+    # -- routes ----------------------------------------------------------------------------------------------
+
+    async def health(self) -> JSONResponse:
+        """This process is alive."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> JSONResponse:
+        """Whether a token can be produced: every engine has produced one, and its step loop runs."""
+        engines = await self._dispatcher.ready()
+        ready = all(engines.values())
+        return JSONResponse({"ready": ready, "engines": engines}, 200 if ready else 503)
+
+    async def models(self) -> JSONResponse:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [self._model_object()]})
+
+    async def model(self, model: str) -> JSONResponse:
+        """The model under its name, and 404 for any other."""
+        self._check_model(model)
+        return JSONResponse(self._model_object())
+
+    async def completions(self, http: HttpRequest) -> Response:
+        """POST /v1/completions."""
+        body = parse_body(await self._read(http), CompletionBody)
+        self._check_model(body.model)
+        prompts = [self._tokenizer.encode(p) if isinstance(p, str) else tuple(p) for p in body.prompts]
+        return await self._answer(http, body, prompts, "completion")
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """POST /v1/chat/completions."""
+        body = parse_body(await self._read(http), ChatBody)
+        self._check_model(body.model)
+        return await self._answer(http, body, [self._tokenizer.encode_chat(body.turns)], "chat")
+
+    # -- bodies and answers ----------------------------------------------------------------------------------
+
+    async def _read(self, http: HttpRequest) -> bytes:
+        """The body, up to what the longest allowed batch of prompts could take."""
+        longest = self._dispatcher.max_context or ASSUMED_CONTEXT
+        limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
+        raw = b""
+        async for part in http.stream():
+            raw += part
+            if len(raw) > limit:
+                raise ApiError(
+                    "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
+                )
+        return raw
+
+    def _check_model(self, name: str) -> None:
+        if name != self._config.model_name:
+            raise ApiError(
+                "model_not_found",
+                f"model must be {self._config.model_name}, got {name!r}; see /v1/models",
+                "model",
+            )
+
+    async def _answer(
+        self, http: HttpRequest, body: GenerationBody, prompts: list[tuple[int, ...]], endpoint: Endpoint
+    ) -> Response:
+        # An id of our own: the one in the header may be the client's, and used twice.
+        job = await self._dispatcher.job(body, prompts, endpoint, uuid.uuid4().hex)
+        pieces = self._dispatcher.pieces(job)
+        if not body.stream:
+            choices: list[list[Piece]] = [[] for _ in job.requests]
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    job.usage.add(piece)
+                    choices[piece.index].append(piece)
+            return JSONResponse(job.answer.whole(choices, job.usage))
+        # The first piece comes before the response begins: what fails until then has a status of its own.
+        first = await anext(pieces)
+        return StreamingResponse(_events(job, first, pieces, _id(http)), media_type="text/event-stream")
+
+    def _model_object(self) -> dict[str, Any]:
+        return {
+            "id": self._config.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "spts",
+            "max_model_len": self._dispatcher.max_context,
+        }
+
+
+async def _events(
+    job: Job, first: Piece, rest: AsyncGenerator[Piece, None], request_id: str
+) -> AsyncIterator[bytes]:
+    """The stream of a job. A failure is an error object in a data chunk, then the end, without [DONE]."""
+    begun: set[int] = set()
+    include_usage = job.body.include_usage
+    try:
+        async with aclosing(rest):
+            piece: Piece | None = first
+            while piece is not None:
+                job.usage.add(piece)
+                yield sse(
+                    job.answer.chunk(piece, first=piece.index not in begun, include_usage=include_usage)
+                )
+                begun.add(piece.index)
+                piece = await anext(rest, None)
+        if include_usage:
+            yield sse(job.answer.usage_chunk(job.usage))
+        yield SSE_END
+    except Exception as error:  # the status is sent: all that is left is to say it in the stream
+        yield sse(error_body(_log(error, request_id)))
+
+
+def _log(error: Exception, request_id: str) -> ApiError:
+    known = as_api_error(error, request_id)
+    if known.kind == "internal":
+        logger.error("request %s failed", request_id, exc_info=error)
+    return known
+
+
+async def _failure(http: HttpRequest, error: Exception) -> Response:
+    return _error_response(_log(error, _id(http)))
+
+
+async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    return _error_response(
+        ApiError(kind, f"route must exist, got {http.method} {http.url.path}; see the README")
+    )
+
+
+def _error_response(error: ApiError) -> Response:
+    row = HTTP_ERRORS[error.kind]
+    headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
+    return JSONResponse(error_body(error), row.status, headers)
+
+
+def _id(http: HttpRequest) -> str:
+    request_id: str = http.scope["state"]["request_id"]
+    return request_id
+
+
+class RequestId:
+    """ASGI middleware: an id for every request, in `scope["state"]["request_id"]` and the answer's
+    x-request-id.
+
+    Serve's proxy gives requests an id too and puts it into the answer itself; then that one is used.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with an id."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id")
+        request_id = uuid.uuid4().hex if given is None else given.decode("latin-1")
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start" and given is None:
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

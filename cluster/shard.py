@@ -1,0 +1,305 @@
+"""One tensor-parallel rank: a Ray actor that holds its part of the model and does what every other rank does.
+
+DeepSpeed shards the linears (AutoTP) and sums their outputs inside the forward; `spts.model` walks the
+layers. Heavy imports are inside the methods, so that an engine's own process needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from cluster import placement
+from cluster.admission import as_engine_error
+from cluster.config import EngineConfig, resolve_path
+from cluster.protocol import (
+    EngineError,
+    EngineInfo,
+    NewToken,
+    Prefilled,
+    Request,
+    Step,
+    StepOutput,
+)
+from spts import cost
+from spts.errors import ConfigError, SptsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spts.cache import RaggedCache
+    from spts.model import PrefillState, SptsModel
+
+_LOOPBACK = "127.0.0.1"
+
+
+class TorchCollective:
+    """`spts.collective.Collective` over torch.distributed's default group."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the ranks, in place, and return it."""
+        import torch.distributed
+
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` with rank 0's, in place, and return it."""
+        import torch.distributed
+
+        torch.distributed.broadcast(tensor, src=0)
+        return tensor
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A request after its prefill. generator: rank 0's alone draws."""
+
+    request: Request
+    cache: RaggedCache
+    generator: torch.Generator
+
+
+class Shard:
+    """Rank `rank` of `config.tensor_parallel_size`. Call `host` on rank 0, `load` on every rank, then
+    `step`."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        self._config = config
+        self._rank = rank
+        self._world_size = config.tensor_parallel_size
+        self._store: Any = None
+        self._model: SptsModel | None = None
+        self._prefills: dict[str, tuple[Request, PrefillState]] = {}
+        self._running: dict[str, _Running] = {}
+
+    @ray.method(concurrency_group="watch")
+    def watch(self) -> None:
+        """Never returns: the caller's wait on it ends when this process does."""
+        while True:
+            time.sleep(3600)
+
+    def host(self) -> tuple[str, int]:
+        """Open the meeting point of the ranks on a port that the system chooses; returns its address. One
+        rank: none."""
+        if self._world_size == 1:
+            return (_LOOPBACK, 0)
+        address = _LOOPBACK if self._config.device == "cpu" else ray.util.get_node_ip_address()
+        self._store = self._meeting_point(address, 0)
+        return (address, self._store.port)
+
+    def load(self, address: tuple[str, int]) -> EngineInfo:
+        """Load this rank's part of the model. Raises SptsError, the same on every rank, before any weight is
+        read."""
+        from spts import loading
+        from spts.architectures import max_context
+        from spts.model import SptsModel
+
+        config = self._config
+        folder = loading.resolve(resolve_path(config.model))
+        loading.check_folder(folder)
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        placement.check_divisible(cost.ModelShape.from_config(settings), self._world_size)
+        self._check_length(max_context(settings))
+        identity = loading.fingerprint(folder)
+        proxies = loading.load_proxies(
+            folder, None if config.proxies is None else resolve_path(config.proxies), fingerprint=identity
+        )
+        self._prepare_process(address)
+        hf_model = loading.load_transformers(folder, dtype=config.dtype, device=config.device)
+        self._model = SptsModel(
+            self._shard(hf_model),
+            fingerprint=identity,
+            proxies=proxies,
+            collective=None if self._world_size == 1 else TorchCollective(self._rank, self._world_size),
+        )
+        return self._info(folder.name)
+
+    def step(self, step: Step) -> StepOutput | None:
+        """Do one step; the answer on rank 0, None on the others, which do not choose tokens."""
+        for request_id in step.release:
+            self._prefills.pop(request_id, None)
+            self._running.pop(request_id, None)
+        answer = _Answer()
+        if step.start is not None:
+            self._start(step.start, answer)
+        if step.advance is not None:
+            self._advance(*step.advance, answer)
+        if step.decode:
+            self._decode(step.decode, answer)
+        return answer.output() if self._rank == 0 else None
+
+    # -- loading ---------------------------------------------------------------------------------------------
+
+    def _prepare_process(self, address: tuple[str, int]) -> None:
+        """Threads, environment and process group, as DeepSpeed expects to find them. One rank has no
+        group."""
+        import torch
+
+        torch.set_num_threads(self._config.num_threads)
+        # Ray shows each rank its own devices only, so the local rank is always 0.
+        os.environ.update(
+            RANK=str(self._rank), WORLD_SIZE=str(self._world_size), LOCAL_RANK="0", LOCAL_SIZE="1"
+        )
+        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+        if self._config.device == "cpu":
+            os.environ.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo")
+        if self._world_size == 1:
+            return
+        if self._rank != 0:
+            self._store = self._meeting_point(*address)
+        torch.distributed.init_process_group(
+            "gloo" if self._config.device == "cpu" else "nccl",
+            store=self._store,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+
+    def _meeting_point(self, address: str, port: int) -> Any:
+        """The ranks' key-value store: served by rank 0 on `port` (0 = a free one), joined by the others."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+
+        return TCPStore(address, port, self._world_size, is_master=self._rank == 0, wait_for_workers=False)
+
+    def _shard(self, hf_model: Any) -> Any:
+        """`hf_model` with its linears sharded by DeepSpeed. Changes nothing when there is one rank."""
+        import deepspeed
+        import deepspeed.ops
+        import torch
+
+        # On CPU DeepSpeed would compile a shared-memory all-reduce at first start: 30 to 45 seconds, and a
+        # crash on a machine without g++ and ninja. Gloo is always there.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        engine = deepspeed.init_inference(
+            hf_model,
+            tensor_parallel={"tp_size": self._world_size},
+            dtype=getattr(torch, self._config.dtype),
+            replace_with_kernel_inject=False,
+        )
+        return engine.module
+
+    def _check_length(self, max_context: int) -> None:
+        limit = self._config.max_model_len
+        if limit is not None and limit > max_context:
+            raise ConfigError(
+                f"max_model_len must be at most the model's context of {max_context} tokens, got {limit}; "
+                "use null for all of it",
+                field="max_model_len",
+            )
+
+    def _info(self, model_name: str) -> EngineInfo:
+        model = self._loaded
+        packages = ("torch", "deepspeed", "transformers", "ray")
+        return EngineInfo(
+            model_name=model_name,
+            fingerprint=model.fingerprint,
+            shape=model.shape,
+            max_context=self._config.max_model_len or model.max_context,
+            vocab_size=model.vocab_size,
+            eos_token_ids=tuple(model.eos_token_ids),
+            dtype=self._config.dtype,
+            device=self._config.device,
+            world_size=self._world_size,
+            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+            has_proxies=model.proxies is not None,
+        )
+
+    @property
+    def _loaded(self) -> SptsModel:
+        assert self._model is not None, "load comes before everything else"
+        return self._model
+
+    # -- one step --------------------------------------------------------------------------------------------
+
+    def _start(self, request: Request, answer: _Answer) -> None:
+        try:
+            state = self._loaded.start_prefill(
+                request.token_ids, request.method, max_new_tokens=request.max_new_tokens
+            )
+        except (
+            SptsError
+        ) as error:  # the same on every rank: it depends on the request and the configuration alone
+            answer.refused.append((request.request_id, as_engine_error(error)))
+        else:
+            self._prefills[request.request_id] = (request, state)
+
+    def _advance(self, request_id: str, num_layers: int, answer: _Answer) -> None:
+        from spts.sampling import make_generator
+
+        if request_id not in self._prefills:  # refused a moment ago
+            return
+        request, state = self._prefills[request_id]
+        if not self._loaded.advance(state, num_layers):
+            return
+        assert state.result is not None
+        del self._prefills[request_id]
+        running = _Running(request=request, cache=state.cache, generator=make_generator(request.sampling))
+        self._running[request_id] = running
+        if self._rank == 0:
+            answer.prefilled = self._prefilled(request, state)
+            self._choose(running, state.result.logits, answer)
+
+    def _decode(self, latest: tuple[tuple[str, int], ...], answer: _Answer) -> None:
+        import torch
+
+        requests = [self._running[request_id] for request_id, _ in latest]
+        logits_BV = self._loaded.decode_step(
+            torch.tensor([token_id for _, token_id in latest]), [running.cache for running in requests]
+        )
+        if self._rank == 0:
+            for running, logits_V in zip(requests, logits_BV, strict=True):
+                self._choose(running, logits_V, answer)
+
+    def _choose(self, running: _Running, logits_V: Tensor, answer: _Answer) -> None:
+        from spts.sampling import sample, token_logprobs
+
+        request = running.request
+        num_top = request.sampling.logprobs
+        try:
+            token_id = sample(logits_V, request.sampling, running.generator)
+        except SptsError as error:  # logits that are not finite end this request, not the others
+            answer.refused.append((request.request_id, EngineError("internal", str(error))))
+            return
+        logprobs = None if num_top is None else token_logprobs(logits_V, token_id, num_top)
+        answer.tokens.append(NewToken(request_id=request.request_id, token_id=token_id, logprobs=logprobs))
+
+    def _prefilled(self, request: Request, state: PrefillState) -> Prefilled:
+        model = self._loaded
+        num_tokens = len(request.token_ids)
+        proxy = None
+        if model.proxies is not None:
+            manifest = model.proxies.manifest
+            proxy = cost.ProxyShape(channels=manifest.channels, rank=manifest.rank)
+        return Prefilled(
+            request_id=request.request_id,
+            work=tuple(state.work),
+            kv_tokens=state.cache.kv_tokens,
+            kv_bytes=state.cache.num_bytes * self._world_size,
+            flops=cost.prefill_flops(model.shape, state.work, proxy).total,
+            dense_flops=cost.dense_flops(model.shape, num_tokens).total,
+            dense_kv_bytes=cost.dense_kv_bytes(model.shape, num_tokens, model.dtype.itemsize),
+        )
+
+
+class _Answer:
+    """What rank 0 collects during a step."""
+
+    def __init__(self) -> None:
+        self.tokens: list[NewToken] = []
+        self.prefilled: Prefilled | None = None
+        self.refused: list[tuple[str, EngineError]] = []
+
+    def output(self) -> StepOutput:
+        return StepOutput(tokens=tuple(self.tokens), prefilled=self.prefilled, refused=tuple(self.refused))

@@ -1,0 +1,115 @@
+"""The ragged key/value cache: every layer holds the tokens it computed and no other (spts.md, "PAP" step 5).
+
+Legend: C capacity, P prompt tokens kept by a layer, L tokens in a layer now, K key/value heads on this rank,
+d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Keys (after RoPE) and values of one layer, with room for the tokens still to come.
+
+    Example: a layer that computed the prompt tokens 0, 3 and 7 of 8 holds 3 rows; after two decoded tokens it
+    holds 5, at the positions 0, 3, 7, 8, 9.
+    """
+
+    def __init__(self, *, room_tokens: int) -> None:
+        self.room_tokens = room_tokens
+        self.num_tokens = 0
+        self.prompt_positions_P: Tensor | None = None
+        self._keys_CKd: Tensor | None = None
+        self._values_CKd: Tensor | None = None
+
+    def fill(self, k_PKd: Tensor, v_PKd: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the prompt's rows and returns them as stored. Called once, by prefill."""
+        assert self._keys_CKd is None, "a layer's prompt is stored once"
+        num_tokens, num_kv_heads, head_dim = k_PKd.shape
+        capacity = num_tokens + self.room_tokens
+        if self.room_tokens == 0:
+            self._keys_CKd, self._values_CKd = k_PKd, v_PKd
+        else:
+            self._keys_CKd = k_PKd.new_empty(capacity, num_kv_heads, head_dim)
+            self._values_CKd = v_PKd.new_empty(capacity, num_kv_heads, head_dim)
+            self._keys_CKd[:num_tokens] = k_PKd
+            self._values_CKd[:num_tokens] = v_PKd
+        self.num_tokens = num_tokens
+        self.prompt_positions_P = positions_P
+        return self.rows()
+
+    def append(self, k_Kd: Tensor, v_Kd: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one new token and returns everything stored, keys and values [L, K, d].
+
+        Raises ValueError when the room asked for at prefill is used up.
+        """
+        assert self._keys_CKd is not None, "prefill comes before decode"
+        assert self._values_CKd is not None
+        if self.num_tokens == self._keys_CKd.shape[0]:
+            raise ValueError(
+                f"max_new_tokens must cover every decoded token, got {self.room_tokens} and all are used; "
+                "ask for more room at prefill"
+            )
+        self._keys_CKd[self.num_tokens] = k_Kd
+        self._values_CKd[self.num_tokens] = v_Kd
+        self.num_tokens += 1
+        return self.rows()
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values stored so far, [L, K, d] each, as views."""
+        assert self._keys_CKd is not None, "nothing is stored yet"
+        assert self._values_CKd is not None
+        return self._keys_CKd[: self.num_tokens], self._values_CKd[: self.num_tokens]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens this layer keeps."""
+        return 0 if self.prompt_positions_P is None else self.prompt_positions_P.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values in use on this rank."""
+        if self._keys_CKd is None:
+            return 0
+        return 2 * self.num_tokens * self._keys_CKd[0].numel() * self._keys_CKd.element_size()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the keys and values in use and of the room for new tokens, on this rank."""
+        if self._keys_CKd is None:
+            return 0
+        return 2 * self._keys_CKd.numel() * self._keys_CKd.element_size()
+
+
+class RaggedCache:
+    """One request's cache: a `LayerCache` per layer, and the position the next token will have."""
+
+    def __init__(self, *, num_layers: int, prompt_tokens: int, room_tokens: int) -> None:
+        self.layers = [LayerCache(room_tokens=room_tokens) for _ in range(num_layers)]
+        self.prompt_tokens = prompt_tokens
+        self.next_position = prompt_tokens
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions a layer holds, int64 [L]: the prompt tokens it computed, then every decoded one."""
+        held = self.layers[layer]
+        assert held.prompt_positions_P is not None, "nothing is stored yet"
+        num_new = held.num_tokens - held.num_prompt_tokens
+        new = torch.arange(num_new, device=held.prompt_positions_P.device) + self.prompt_tokens
+        return torch.cat((held.prompt_positions_P, new))
+
+    @property
+    def kv_tokens(self) -> int:
+        """Prompt tokens kept, summed over the layers."""
+        return sum(layer.num_prompt_tokens for layer in self.layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values in use on this rank, all layers."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of keys and values allocated on this rank, all layers, room for new tokens included."""
+        return sum(layer.allocated_bytes for layer in self.layers)

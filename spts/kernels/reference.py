@@ -1,0 +1,106 @@
+"""Every operation of a layer in plain torch: what a kernel must equal, and what runs where there is none.
+
+Legend: T candidates, M active, D width, H query heads on this rank, K key/value heads on this rank, d head
+size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+    """Rotary position embedding of `x_THd`, written into it and returned.
+
+    The two halves of a head rotate against each other, as `rotate_half` of transformers does. Example: d = 2,
+    x = [1, 0] at an angle of 90 degrees (cos [0, 0], sin [1, 1]) becomes [0, 1].
+    """
+    half = x_THd.shape[-1] // 2
+    crossed_THd = torch.empty_like(x_THd)
+    torch.neg(x_THd[..., half:], out=crossed_THd[..., :half])
+    crossed_THd[..., half:] = x_THd[..., :half]
+    return x_THd.mul_(cos_Td.unsqueeze(1)).add_(crossed_THd.mul_(sin_Td.unsqueeze(1)))
+
+
+def last_query_probe(q_Hd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
+    """Attention of one query on every key, summed over the heads: float32 [T].
+
+    Query head h reads key head h // (H // K). The softmax of each head runs over all T keys in float32. The
+    sum, not the mean: under tensor parallelism a rank holds some of the heads, and their sums add up.
+
+    Example: one head, d = 1, q = [1], keys [0, ln 3], scale 1 gives [0.25, 0.75].
+    """
+    num_tokens, num_kv_heads, head_dim = k_TKd.shape
+    q_KGd = q_Hd.view(num_kv_heads, -1, head_dim)
+    logits_KGT = torch.matmul(q_KGd, k_TKd.permute(1, 2, 0)).float().mul_(scale)
+    return logits_KGT.softmax(dim=-1).view(-1, num_tokens).sum(dim=0)
+
+
+def low_rank_norm(
+    y_TD: Tensor,
+    first_D2r: Tensor,
+    gate_rC: Tensor,
+    up_rC: Tensor,
+    down_Cr: Tensor,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Norm of a low-rank gated FFN's output, by token: float32 [T], without computing the output.
+
+    The full down factor is (down_Cr) times an orthonormal [r, D], so the norm of the output is the norm of
+    `act(y gate) * (y up) @ down_Cr`, and the last product is never formed.
+    """
+    rank = gate_rC.shape[0]
+    factors_T2r = y_TD @ first_D2r
+    gated_TC = activation(factors_T2r[:, :rank] @ gate_rC).mul_(factors_T2r[:, rank:] @ up_rC)
+    return torch.linalg.vector_norm(gated_TC @ down_Cr, dim=-1, dtype=torch.float32)
+
+
+def gather_rows(x_TD: Tensor, index_M: Tensor) -> Tensor:
+    """Rows `index_M` of `x_TD` as a new tensor [M, D]: rows [0, 2] of [[1], [2], [3]] are [[1], [3]]."""
+    return x_TD.index_select(0, index_M)
+
+
+def add_rows_in_place(x_TD: Tensor, index_M: Tensor, delta_MD: Tensor) -> Tensor:
+    """Adds row m of `delta_MD` to row `index_M[m]` of `x_TD`, in place; the other rows keep their value.
+
+    Example: x = [[1], [2], [3]], index [0, 2], delta [[10], [20]] gives [[11], [2], [23]].
+    """
+    return x_TD.index_add_(0, index_M, delta_MD)
+
+
+def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """`act(gate) * up`, [M, F]; the activation's result is overwritten."""
+    return activation(gate_MF).mul_(up_MF)
+
+
+def causal_attention(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) -> Tensor:
+    """Causal attention of M ascending tokens over themselves, [M, H, d].
+
+    Query head h reads key head h // (H // K). Causal over the compacted rows is causal in the prompt, as the
+    rows ascend: of tokens [0, 3, 7], row 1 (token 3) sees rows 0 and 1 (tokens 0 and 3).
+    """
+    out_1HMd = F.scaled_dot_product_attention(
+        q_MHd.transpose(0, 1).unsqueeze(0),
+        k_MKd.transpose(0, 1).unsqueeze(0),
+        v_MKd.transpose(0, 1).unsqueeze(0),
+        is_causal=True,
+        scale=scale,
+        enable_gqa=q_MHd.shape[1] != k_MKd.shape[1],
+    )
+    return out_1HMd.squeeze(0).transpose(0, 1)
+
+
+def single_query_attention(q_Hd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
+    """Attention of one query on everything cached, [H, d]; query head h reads key head h // (H // K)."""
+    out_1H1d = F.scaled_dot_product_attention(
+        q_Hd[None, :, None, :],
+        k_LKd.transpose(0, 1).unsqueeze(0),
+        v_LKd.transpose(0, 1).unsqueeze(0),
+        scale=scale,
+        enable_gqa=q_Hd.shape[0] != k_LKd.shape[1],
+    )
+    return out_1H1d[0, :, 0, :]

@@ -1,0 +1,42 @@
+"""What a prompt must satisfy before anything is computed; standard library only, so any process can ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spts.errors import RequestError
+
+
+def check_tokens(token_ids: Sequence[int], *, max_new_tokens: int, vocab_size: int, max_context: int) -> None:
+    """Raises RequestError unless the prompt is made of this vocabulary's ids and fits into the context.
+
+    The codes are empty_prompt, token_out_of_vocabulary, context_length_exceeded and, for `max_new_tokens`
+    below 0, invalid_sampling. The first bad token is named by index and value.
+    """
+    if len(token_ids) == 0:
+        raise RequestError(
+            "token_ids must hold at least one token, got 0; send a prompt",
+            code="empty_prompt",
+            field="token_ids",
+        )
+    for index, token_id in enumerate(token_ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"token_ids must be integers in 0..{vocab_size - 1}, got {token_id!r} at index {index}; "
+                "use this model's own tokenizer",
+                code="token_out_of_vocabulary",
+                field="token_ids",
+            )
+    if max_new_tokens < 0:
+        raise RequestError(
+            f"max_new_tokens must be at least 0, got {max_new_tokens}; ask for a number of tokens",
+            code="invalid_sampling",
+            field="max_new_tokens",
+        )
+    if len(token_ids) + max_new_tokens > max_context:
+        raise RequestError(
+            f"prompt + max_new_tokens must be at most the context of {max_context} tokens, "
+            f"got {len(token_ids)} + {max_new_tokens}; shorten the prompt or ask for fewer tokens",
+            code="context_length_exceeded",
+            field="max_new_tokens",
+        )

@@ -1,0 +1,64 @@
+"""One real Ray cluster and one tiny model per session; whatever needs processes shares them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.local import local_ray
+from tests.cluster.tiny import write_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """The folder of a tiny random model with proxies and a tokenizer."""
+    return write_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+class RayCluster:
+    """A cluster on loopback with token authentication, and Ray's command line for it."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        # Workers import this checkout, also where it is not installed.
+        self.env = {**env, "PYTHONPATH": str(REPOSITORY)}
+        self.address = env["RAY_ADDRESS"]
+
+    def run(self, *command: str, timeout_s: float = 240) -> str:
+        """Run one of Ray's commands; returns what it printed."""
+        done = subprocess.run(
+            [Path(sys.executable).parent / command[0], *command[1:]],
+            cwd=REPOSITORY,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    # More CPUs than the machine has: tests run one after the other, and idle engines keep theirs.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        with local_ray(num_cpus=8) as env:
+            yield RayCluster(env)
+
+
+@pytest.fixture(scope="session")
+def driver(ray_cluster):
+    """This process as a driver of the cluster."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            patch.setenv(name, ray_cluster.env[name])
+        ray.init(address=ray_cluster.address, namespace="tests", log_to_driver=False)
+        yield ray
+        ray.shutdown()

@@ -1,0 +1,186 @@
+"""YAML goes through one door, and whatever is wrong in it is named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from cluster.config import AppConfig, EngineConfig, check_ray_config, load_yaml, parse, parse_method
+from spts.errors import ConfigError
+from spts.methods import Dense, Spts
+from spts.schedule import Schedule
+from tests.cluster.tiny import SCHEDULE
+
+# Ray's own models use what pydantic deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ARGS = {
+    "engines": {"default": {"model": "jobs/demo_model"}},
+    "pools": [
+        {"max_prompt_tokens": 1024, "method": {"name": "dense"}},
+        {"method": {"name": "spts", "schedule": "demo-12l"}},
+    ],
+}
+FILE = {
+    "http_options": {"host": "127.0.0.1", "port": 8000},
+    "applications": [
+        {"name": "spts", "import_path": "cluster.app:build", "route_prefix": "/", "args": ARGS},
+    ],
+}
+
+
+def changed(data, path: str, value):
+    """`data` with the value at a dotted path replaced or added."""
+    data = copy.deepcopy(data)
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    inner = data
+    for part in parents:
+        inner = inner[part]
+    inner[last] = value
+    return data
+
+
+def test_defaults_serve_one_rank_on_the_cpu():
+    config = EngineConfig(model="m")
+    assert (config.device, config.dtype, config.tensor_parallel_size, config.num_threads) == (
+        "cpu",
+        "float32",
+        1,
+        1,
+    )
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        EngineConfig(model="m").model = "other"  # type: ignore[misc]
+
+
+def test_pools_and_names():
+    app = parse(ARGS, AppConfig, source="args")
+    assert (app.model, app.model_name) == ("jobs/demo_model", "demo_model")
+    assert app.pools[0].max_prompt_tokens == 1024
+    assert parse({**ARGS, "served_model_name": "x"}, AppConfig, source="args").model_name == "x"
+
+
+def test_methods_by_schedule_or_by_preset():
+    assert parse_method({"name": "dense"}) == Dense()
+    assert parse_method({"name": "spts", "schedule": "demo-12l"}) == Spts(
+        schedule=Schedule.preset("demo-12l")
+    )
+    written = {"name": "spts", "schedule": SCHEDULE.to_dict()}
+    assert parse_method(written) == Spts(schedule=SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "modle",
+            1,
+            r"args: modle must be one of served_model_name, engines, .*, got an unknown key; remove it",
+        ),
+        ("engines.default.treads", 2, r"engines.default.treads must be one of model, dtype, .*unknown key"),
+        ("pools.0.methd", {}, r"pools.0.methd must be one of engine, max_prompt_tokens, method"),
+        (
+            "engines.default.tensor_parallel_size",
+            0,
+            r"tensor_parallel_size must be greater than .* 1, got 0",
+        ),
+        ("engines.default.dtype", "int4", r"dtype must be 'float32', 'bfloat16' or 'float16', got 'int4'"),
+        ("engines.default.num_threads", "2", r"num_threads must be a valid integer, got '2'"),
+        ("engines", {}, r"engines must .* at least 1"),
+        ("pools.0.engine", "big", r"pools.0.engine must be one of default, got 'big'"),
+        (
+            "pools.0.max_prompt_tokens",
+            None,
+            r"pools.0.max_prompt_tokens must grow .*, got None",
+        ),
+        ("pools.1.max_prompt_tokens", 9, r"pools.1.max_prompt_tokens must be null in the last pool, got 9"),
+        ("pools.1.method", {"name": "magic"}, r"pools.1.method: method.name must be one of dense, spts"),
+        (
+            "pools.1.method",
+            {"name": "spts", "schedule": "demo"},
+            r"a schedule or one of .*demo-12l.*'demo'",
+        ),
+        ("engines.other", {"model": "m2"}, r"engines.\*.model must be the same for all engines"),
+    ],
+)
+def test_faults_in_args_are_named(path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(changed(ARGS, path, value), AppConfig, source="args")
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"last_layer": 6, "active_tokens": 0}, "active_tokens must be an integer of at least 1, got 0"),
+        ({"last_layer": 99, "active_tokens": 8}, "last_layer must be below num_layers = 12, got 99"),
+        (
+            {"last_layer": 6, "active_tokens": 8, "keep_tokens": 0},
+            "keep_tokens must be an integer of at least 1",
+        ),
+        ({"last_layer": 6, "active_token": 8}, "got 'active_token'; remove it or correct its name"),
+    ],
+)
+def test_faults_in_a_schedule_are_named_through_the_yaml_door(stage, message):
+    schedule = {"num_layers": 12, "first_skip_layer": 4, "stages": [stage]}
+    data = changed(ARGS, "pools.1.method", {"name": "spts", "schedule": schedule})
+    with pytest.raises(ConfigError, match=message):
+        parse(data, AppConfig, source="args")
+
+
+def test_the_whole_file_is_checked(tmp_path):
+    path = tmp_path / "ray_config.yaml"
+    path.write_text(yaml.safe_dump(FILE))
+    assert check_ray_config(path).model_name == "demo_model"
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (
+            "http_option",
+            {},
+            r"ray_config.yaml: http_option must be one of .*http_options",
+        ),
+        ("http_options.prot", 1, r"http_options.prot must be one of .*port"),
+        ("applications.0.import_pth", "x", r"applications.0.import_pth must be one of .*import_path"),
+        (
+            "applications.0.deployments",
+            [{"name": "Router", "max_ongoing_request": 5}],
+            r"applications.0.deployments.0.max_ongoing_request must be one of .*max_ongoing_requests",
+        ),
+        (
+            "applications.0.deployments",
+            [{"name": "Router", "ray_actor_options": {"num_cpu": 1}}],
+            r"deployments.0.ray_actor_options.num_cpu must be one of .*num_cpus",
+        ),
+        (
+            "applications.0.deployments",
+            [{"name": "Router", "autoscaling_config": {"min_replica": 1}}],
+            r"autoscaling_config.min_replica must be one of .*min_replicas",
+        ),
+        (
+            "applications.0.args.engines.default.mdel",
+            "m",
+            r"0.args: engines.default.mdel must be one of",
+        ),
+        ("applications", [], r"applications must hold one application, got 0"),
+    ],
+)
+def test_a_typo_anywhere_in_the_file_is_named(tmp_path, at, value, message):
+    path = tmp_path / "ray_config.yaml"
+    path.write_text(yaml.safe_dump(changed(FILE, at, value)))
+    with pytest.raises(ConfigError, match=message):
+        check_ray_config(path)
+
+
+def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none.yaml must be a readable YAML file, got No such file"):
+        load_yaml(tmp_path / "none.yaml", AppConfig)
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"bad.yaml must be YAML"):
+        load_yaml(tmp_path / "bad.yaml", AppConfig)

@@ -1,0 +1,285 @@
+"""The engine's books, on fake ranks: streams, batching, deadlines, aborts, refusals, restarts. No Ray, no
+model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from cluster.config import EngineConfig
+from cluster.protocol import Chunk, EngineError, Request
+from spts.methods import Dense, Spts
+from spts.sampling import Sampling
+from spts.schedule import Schedule
+from tests.cluster.tiny import SCHEDULE
+from tests.fakes import EOS, MAX_CONTEXT, SHAPE, FakeEngine
+
+
+def request(request_id="a", token_ids=(1, 2, 3), max_new_tokens=4, **fields) -> Request:
+    return Request(
+        request_id=request_id,
+        token_ids=token_ids,
+        method=fields.pop("method", Dense()),
+        max_new_tokens=max_new_tokens,
+        **fields,
+    )
+
+
+@contextlib.asynccontextmanager
+async def started(*, step_s=0.0, **config):
+    engine = FakeEngine(EngineConfig(model="fake", **config), step_s=step_s)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown()
+
+
+async def collect(engine: FakeEngine, sent: Request) -> list[Chunk]:
+    return [chunk async for chunk in engine.generate(sent)]
+
+
+async def drain(stream) -> None:
+    async for _ in stream:
+        pass
+
+
+async def settled(engine: FakeEngine) -> None:
+    """Until the ranks have been told to drop what is over."""
+    for _ in range(200):
+        if not engine._release:
+            break
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.01)
+
+
+async def test_a_stream_ends_with_its_result():
+    async with started() as engine:
+        chunks = await collect(engine, request())
+    assert [chunk.token_ids for chunk in chunks] == [(1,), (2,), (3,), (1,)]
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, None, "length"]
+    assert [chunk.result is None for chunk in chunks] == [True, True, True, False]
+    result = chunks[-1].result
+    assert result is not None
+    assert (result.token_ids, result.finish_reason, result.prompt_tokens) == ((1, 2, 3, 1), "length", 3)
+    assert 0 <= result.queue_s <= result.ttft_s <= result.total_s
+    assert result.total_s == pytest.approx(result.ttft_s + result.decode_s)
+    assert result.kv_tokens == 3 * SHAPE.num_layers
+    assert result.flops == result.dense_flops
+    assert result.kv_bytes == result.dense_kv_bytes == 3 * SHAPE.num_layers * 2 * 2 * 16 * 4
+    assert result.logprobs is None
+
+
+async def test_a_result_counts_what_was_skipped():
+    async with started() as engine:
+        result = await engine.run(
+            request(token_ids=tuple(range(1, 101)), method=Spts(schedule=SCHEDULE), max_new_tokens=1)
+        )
+    assert [work.attention_tokens for work in result.work] == [100, 100, 40, 40, 20, 30]
+    assert result.kv_tokens == 330
+    assert result.flops < result.dense_flops
+
+
+async def test_the_end_token_and_asked_for_stop_tokens_end_an_answer():
+    async with started() as engine:
+        ended = await engine.run(request(token_ids=(5, EOS, 6), max_new_tokens=9))
+        stopped = await engine.run(request(max_new_tokens=9, sampling=Sampling(stop_token_ids=(3,))))
+    assert (ended.token_ids, ended.finish_reason) == ((5, EOS), "stop")
+    assert (stopped.token_ids, stopped.finish_reason) == ((1, 2, 3), "stop")
+
+
+async def test_logprobs_come_with_every_token_when_asked_for():
+    async with started() as engine:
+        chunks = await collect(engine, request(max_new_tokens=2, sampling=Sampling(logprobs=3)))
+    assert all(chunk.logprobs is not None and len(chunk.logprobs[0].top) == 3 for chunk in chunks)
+    assert chunks[-1].result is not None
+    assert [entry.token_id for entry in chunks[-1].result.logprobs or ()] == [1, 2]
+
+
+async def test_requests_run_together_and_each_gets_its_own_answer():
+    async with started(max_running=8, step_s=0.001) as engine:
+        answers = await asyncio.gather(
+            *(engine.run(request(f"r{i}", token_ids=(i + 1, i + 2), max_new_tokens=12)) for i in range(6))
+        )
+        together = max(len(step.decode) for step in engine.group.steps)
+    assert [answer.token_ids for answer in answers] == [(i + 1, i + 2) * 6 for i in range(6)]
+    assert together >= 3
+
+
+async def test_a_running_stream_gets_tokens_while_another_request_is_in_prefill():
+    async with started(layers_per_step=1, step_s=0.001) as engine:
+        first = asyncio.create_task(collect(engine, request("first", max_new_tokens=100)))
+        while not any(step.decode for step in engine.group.steps):
+            await asyncio.sleep(0.001)
+        await engine.run(request("second", max_new_tokens=1))
+        await first
+        slices = [
+            step for step in engine.group.steps if step.advance is not None and step.advance[0] == "second"
+        ]
+    assert len(slices) == SHAPE.num_layers
+    assert all(step.decode for step in slices)
+
+
+async def test_leaving_a_stream_frees_its_cache():
+    async with started() as engine:
+        stream = engine.generate(request(max_new_tokens=400))
+        async for _ in stream:
+            break
+        await stream.aclose()
+        await settled(engine)
+        assert engine.group.ranks[0].num_cached == 0
+
+
+async def test_abort_ends_the_stream_and_frees_its_cache():
+    async with started() as engine:
+        sent = asyncio.create_task(collect(engine, request(max_new_tokens=400)))
+        while not any(step.decode for step in engine.group.steps):
+            await asyncio.sleep(0.001)
+        await engine.abort("a")
+        await engine.abort("no such request")
+        with pytest.raises(EngineError, match="aborted"):
+            await sent
+        await settled(engine)
+        assert engine.group.ranks[0].num_cached == 0
+
+
+async def test_the_deadline_covers_the_whole_answer_not_only_the_first_token():
+    async with started(step_s=0.005) as engine:
+        stream = engine.generate(request(max_new_tokens=400, deadline_s=0.2))
+        assert (await anext(stream)).token_ids == (1,)
+        with pytest.raises(EngineError, match=r"at most 0\.2 s") as late:
+            await drain(stream)
+        assert late.value.kind == "deadline"
+        await settled(engine)
+        assert engine.group.ranks[0].num_cached == 0
+
+
+async def test_the_deadline_also_covers_the_queue():
+    async with started(step_s=0.005, max_running=1) as engine:
+        first = asyncio.create_task(collect(engine, request("first", max_new_tokens=60)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(EngineError) as late:
+            await engine.run(request("second", deadline_s=0.05))
+        assert late.value.kind == "deadline"
+        assert len(await first) == 60
+
+
+async def test_a_full_queue_is_overloaded_and_the_others_are_answered():
+    async with started(max_running=1, max_waiting=1, step_s=0.002) as engine:
+        answers = await asyncio.gather(
+            *(engine.run(request(f"r{i}")) for i in range(4)), return_exceptions=True
+        )
+    kinds = [answer.kind for answer in answers if isinstance(answer, EngineError)]
+    assert kinds == ["overloaded", "overloaded"]
+
+
+async def test_a_request_id_in_flight_is_refused():
+    async with started(step_s=0.002) as engine:
+        first = asyncio.create_task(engine.run(request()))
+        await asyncio.sleep(0.005)
+        with pytest.raises(EngineError, match="request_id must be unique, got 'a'"):
+            await engine.run(request())
+        await first
+
+
+DEEP = Schedule.dense(7)
+OTHER_DEPTH = Spts(schedule=DEEP)
+
+
+@pytest.mark.parametrize(
+    ("sent", "kind", "param", "message"),
+    [
+        (request(token_ids=()), "invalid_request", "token_ids", "at least one token, got 0"),
+        (request(token_ids=(1, 298)), "invalid_request", "token_ids", r"in 0..297, got 298 at index 1"),
+        (request(token_ids=(-1,)), "invalid_request", "token_ids", "got -1 at index 0"),
+        (request(max_new_tokens=0), "invalid_request", "max_new_tokens", "at least 1, got 0"),
+        (request(max_new_tokens=-1), "invalid_request", "max_new_tokens", "got -1"),
+        (
+            request(token_ids=(1,) * 500, max_new_tokens=13),
+            "context_length_exceeded",
+            "max_new_tokens",
+            r"context of 512 tokens, got 500 \+ 13;",
+        ),
+        (
+            request(token_ids=(1,) * 512, max_new_tokens=1),
+            "context_length_exceeded",
+            "max_new_tokens",
+            r"got 512 \+ 1;",
+        ),
+        (request(method=OTHER_DEPTH), "invalid_request", "schedule.num_layers", "model's 6 layers, got 7"),
+    ],
+)
+async def test_what_cannot_be_computed_is_refused_before_any_compute(sent, kind, param, message):
+    async with started() as engine:
+        steps = len(engine.group.steps)
+        with pytest.raises(EngineError, match=message) as refused:
+            await engine.run(sent)
+        assert (refused.value.kind, refused.value.param) == (kind, param)
+        assert len(engine.group.steps) == steps
+
+
+async def test_the_context_may_be_filled_to_the_last_token():
+    async with started() as engine:
+        result = await engine.run(request(token_ids=(1,) * (MAX_CONTEXT - 2), max_new_tokens=2))
+    assert result.token_ids == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["unavailable", "internal"])
+async def test_a_failed_step_fails_what_is_in_flight_and_the_group_restarts(kind):
+    async with started(step_s=0.001) as engine:
+        flights = [asyncio.create_task(engine.run(request(f"r{i}", max_new_tokens=300))) for i in range(3)]
+        await asyncio.sleep(0.05)
+        engine.group.fail_next = EngineError(kind, "boom")
+        failed = await asyncio.gather(*flights, return_exceptions=True)
+        assert [getattr(error, "kind", None) for error in failed] == [kind] * 3
+        assert (await engine.run(request("after"))).token_ids == (1, 2, 3, 1)
+        assert (engine.num_restarts, engine.group.num_starts) == (1, 2)
+        assert await engine.ready()
+
+
+async def test_a_rank_that_dies_while_nothing_runs_is_noticed():
+    async with started() as engine:
+        engine.group.lose_a_rank()
+        for _ in range(100):
+            if engine.num_restarts:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.num_restarts == 1
+        assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
+
+
+async def test_a_group_that_does_not_come_back_fails_the_engine_and_its_health_check():
+    async with started(max_restarts=2) as engine:
+        engine.group.fail_starts = 5
+        engine.group.fail_next = EngineError("unavailable", "boom")
+        with pytest.raises(EngineError):
+            await engine.run(request())
+        while engine.group.num_starts < 3:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineError, match="engine has failed"):
+            await engine.check_health()
+        with pytest.raises(EngineError, match="must be ready, got failed") as refused:
+            await engine.run(request())
+        assert refused.value.kind == "unavailable"
+
+
+async def test_an_engine_that_cannot_start_says_why_and_leaves_nothing():
+    engine = FakeEngine(EngineConfig(model="fake"))
+    with pytest.raises(EngineError, match="loading"):
+        await engine.info()
+    engine.group.fail_starts = 1
+    with pytest.raises(EngineError, match="no room"):
+        await engine.start()
+    assert engine.group.closed
+
+
+async def test_a_shut_down_engine_fails_what_is_in_flight():
+    engine = FakeEngine(EngineConfig(model="fake"), step_s=0.001)
+    await engine.start()
+    sent = asyncio.create_task(engine.run(request(max_new_tokens=300)))
+    await asyncio.sleep(0.02)
+    await engine.shutdown()
+    with pytest.raises(EngineError, match="shutting down"):
+        await sent

@@ -1,0 +1,240 @@
+"""Real DeepSpeed ranks as real Ray actors: one or two choose the same tokens, give the same answers, and may
+die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+import spts
+from cluster.config import EngineConfig
+from cluster.engine import Engine, start_engine, stop_engine
+from cluster.group import RayGroup
+from cluster.protocol import EngineError, Request
+from cluster.shard import Shard
+from spts.methods import Dense, Random, Recency, Spts
+from spts.sampling import Sampling
+from tests.cluster.tiny import NUM_LAYERS, SCHEDULE
+from tests.cluster.tracing import TracingShard
+
+METHODS = [Dense(), Spts(schedule=SCHEDULE), Random(schedule=SCHEDULE, seed=3), Recency(schedule=SCHEDULE)]
+NAMES = [method.name for method in METHODS]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model):
+    """The model in this process, unsharded and without DeepSpeed."""
+    return spts.load(tiny_model)
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(int(t) for t in np.random.default_rng(seed).integers(1, 298, length))
+
+
+def request(request_id, token_ids, method, max_new_tokens=8, **fields) -> Request:
+    return Request(
+        request_id=request_id, token_ids=token_ids, method=method, max_new_tokens=max_new_tokens, **fields
+    )
+
+
+class Ranks:
+    """An engine in this process on real ranks."""
+
+    def __init__(self, model, world_size: int) -> None:
+        self.config = EngineConfig(model=str(model), tensor_parallel_size=world_size, layers_per_step=2)
+        self.group = RayGroup(self.config, TracingShard)
+        self.engine = Engine(self.config, self.group)
+
+    def ask(self, method: str, *args):
+        """The same call on every rank."""
+        import ray
+
+        return ray.get([getattr(rank, method).remote(*args) for rank in self.group._ranks])
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[1, 2], ids=["one-rank", "two-ranks"])
+async def ranks(request, driver, tiny_model):
+    started = Ranks(tiny_model, request.param)
+    await started.engine.start()
+    yield started
+    await started.engine.shutdown()
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+in_module_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@in_module_loop
+async def test_one_rank_builds_no_process_group_and_nobody_compiles(ranks):
+    world_size = ranks.config.tensor_parallel_size
+    for facts in ranks.ask("facts"):
+        assert facts == {
+            "process_group": world_size > 1,
+            "compiled_ops": [],
+            "q_rows": 64 // world_size,
+            "linear": "Linear" if world_size == 1 else "LinearAllreduce",
+            "threads": 1,
+        }
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+@pytest.mark.parametrize("length", [1, 63, 100, 500])
+async def test_ranks_choose_the_same_tokens_at_every_layer_and_agree_in_logits(ranks, whole, method, length):
+    token_ids = prompt(length, seed=length)
+    expected = whole.prefill(token_ids, method, trace=True)
+    for answer in ranks.ask("trace", token_ids, method):
+        assert len(answer["layers"]) == NUM_LAYERS
+        for got, want in zip(answer["layers"], expected.trace, strict=True):
+            assert got["candidates"] == want.candidates.tolist()
+            assert got["attention"] == want.attention_tokens.tolist()
+            assert got["ffn"] == want.ffn_tokens.tolist()
+        np.testing.assert_allclose(answer["logits"], expected.logits.numpy(), atol=2e-5, rtol=2e-5)
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+async def test_an_answer_and_its_counts_are_those_of_the_library(ranks, whole, method):
+    token_ids = prompt(120, seed=5)
+    expected = whole.generate(token_ids, method, 24)
+    result = await ranks.engine.run(request("a", token_ids, method, 24))
+    assert list(result.token_ids) == expected.token_ids
+    assert list(result.work) == expected.prefill.work
+    assert result.kv_tokens == sum(work.attention_tokens for work in expected.prefill.work)
+    assert result.kv_bytes == spts.cost.kv_bytes(whole.shape, expected.prefill.work, 4)
+    assert result.dense_kv_bytes == 120 * NUM_LAYERS * 2 * 2 * 16 * 4
+    assert (result.flops < result.dense_flops) == (method.name != "dense")
+
+
+@in_module_loop
+async def test_a_batch_of_several_requests_equals_each_alone(ranks, whole):
+    sent = [
+        request(f"r{i}", prompt(length, seed=i), METHODS[i % 4], 5 + 3 * i)
+        for i, length in enumerate([3, 200, 63, 90, 41, 120])
+    ]
+    together = await asyncio.gather(*(ranks.engine.run(each) for each in sent))
+    for each, result in zip(sent, together, strict=True):
+        alone = whole.generate(each.token_ids, each.method, each.max_new_tokens)
+        assert list(result.token_ids) == alone.token_ids
+
+
+@in_module_loop
+async def test_seeded_sampling_and_logprobs_are_those_of_the_library(ranks, whole):
+    token_ids = prompt(80, seed=9)
+    sampling = Sampling(temperature=0.8, top_p=0.9, top_k=50, seed=17, logprobs=3)
+    expected = whole.generate(token_ids, METHODS[1], 12, sampling)
+    result = await ranks.engine.run(request("a", token_ids, METHODS[1], 12, sampling=sampling))
+    assert list(result.token_ids) == expected.token_ids
+    assert result.logprobs is not None
+    for got, want in zip(result.logprobs, expected.logprobs, strict=True):
+        assert (got.token_id, [token for token, _ in got.top]) == (
+            want.token_id,
+            [token for token, _ in want.top],
+        )
+        assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
+
+
+@in_module_loop
+async def test_a_killed_rank_fails_its_requests_at_once_and_the_group_restarts(ranks, whole):
+    for victim in range(ranks.config.tensor_parallel_size):
+        restarts = ranks.engine.num_restarts
+        pids = ranks.ask("pid")
+        stream = ranks.engine.generate(request("a", prompt(100, seed=1), METHODS[1], 400))
+        await anext(stream)
+        os.kill(pids[victim], signal.SIGKILL)
+        with pytest.raises(EngineError) as died:
+            await asyncio.wait_for(drain(stream), 30)
+        assert died.value.kind == "unavailable"
+        async with asyncio.timeout(120):
+            while not await ranks.engine.ready():
+                await asyncio.sleep(0.1)
+        assert ranks.engine.num_restarts == restarts + 1
+        assert not set(pids) & set(ranks.ask("pid"))
+        token_ids = prompt(70, seed=2)
+        result = await ranks.engine.run(request("b", token_ids, METHODS[1]))
+        assert list(result.token_ids) == whole.generate(token_ids, METHODS[1], 8).token_ids
+
+
+async def drain(stream) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_an_engine_as_a_ray_actor_for_jobs(driver, tiny_model, whole):
+    engine = start_engine(EngineConfig(model=str(tiny_model)))
+    try:
+        info = driver.get(engine.info.remote())
+        assert (info.fingerprint, info.shape, info.world_size) == (whole.fingerprint, whole.shape, 1)
+        assert info.has_proxies
+        assert set(info.versions) == {"python", "torch", "deepspeed", "transformers", "ray"}
+        token_ids = prompt(90, seed=4)
+        result = driver.get(engine.run.remote(request("a", token_ids, METHODS[1])))
+        assert list(result.token_ids) == whole.generate(token_ids, METHODS[1], 8).token_ids
+        chunks = [driver.get(ref) for ref in engine.generate.remote(request("b", token_ids, METHODS[0]))]
+        assert len(chunks) == 8
+        with pytest.raises(EngineError, match=r"context of 512 tokens, got 90 \+ 500"):
+            driver.get(engine.run.remote(request("c", token_ids, METHODS[0], 500)))
+    finally:
+        stop_engine(engine)
+    stop_engine(engine)
+
+
+def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once(driver, tiny_model):
+    with pytest.raises(spts.ConfigError, match="got 18 CPU for 2 ranks; use fewer"):
+        start_engine(EngineConfig(model=str(tiny_model), tensor_parallel_size=2, num_threads=9))
+
+
+class Refused:
+    """Faults that a rank finds before it reads a weight; no cluster is needed to see them."""
+
+    @staticmethod
+    def load(**config):
+        return Shard(EngineConfig(**config), 0).load(("127.0.0.1", 0))
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def test_heads_that_ranks_cannot_share_are_refused_before_the_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(spts.ConfigError, match="num_key_value_heads = 2, got 4; use one of 1, 2"):
+        Refused.load(model=str(folder), tensor_parallel_size=4)
+
+
+def test_a_context_longer_than_the_models_is_refused(folder):
+    (folder / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(spts.ConfigError, match=r"max_model_len must be at most .* 512 tokens, got 513"):
+        Refused.load(model=str(folder), max_model_len=513)
+
+
+def test_a_folder_without_safetensors_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(spts.ModelError, match=r"model must hold \*.safetensors, got none"):
+        Refused.load(model=str(folder))
+
+
+def test_an_unsupported_architecture_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["GPT2LMHeadModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(spts.ModelError, match=r"architectures must be one of .*GPT2LMHeadModel"):
+        Refused.load(model=str(folder))
+
+
+def test_foreign_and_missing_proxies_are_refused(folder, tmp_path):
+    manifest = json.loads((folder / "proxies" / "proxies.json").read_text())
+    manifest["fingerprint"] = "0" * 64
+    (folder / "proxies" / "proxies.json").write_text(json.dumps(manifest))
+    with pytest.raises(spts.ProxyError, match="proxies must belong to the model with fingerprint"):
+        Refused.load(model=str(folder))
+    with pytest.raises(spts.ProxyError, match=r"proxies must be a folder with proxies.json"):
+        Refused.load(model=str(folder), proxies=str(tmp_path / "none"))

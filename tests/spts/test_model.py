@@ -1,0 +1,348 @@
+"""The model against transformers and against the masked reference: dense, skipping, decode, bad requests."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spts.errors import ConfigError, ModelError, ProxyError, RequestError
+from spts.methods import Dense, Method, Random, Recency, Spts
+from spts.model import SptsModel
+from spts.proxy import Proxies
+from spts.sampling import Sampling
+from spts.schedule import Schedule, Stage
+from tests.spts.masked_reference import MaskedReference
+from tests.spts.tiny import (
+    FAMILIES,
+    FINGERPRINT,
+    ample_schedule,
+    prompt,
+    random_schedule,
+    spts_model,
+    transformers_model,
+)
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"rope": "llama3", "attention_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"rope": "linear", "num_key_value_heads": 6, "mlp_bias": True}),
+    ("mistral", {}),
+    ("mistral", {"rope": "yarn", "sliding_window": 4096}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", {"rope": "yarn", "num_key_value_heads": 1}),
+    ("qwen3", {}),
+    ("qwen3", {"rope": "yarn", "attention_bias": True, "tie_word_embeddings": True}),
+]
+VARIANT_IDS = ["-".join([family, *(f"{k}={v}" for k, v in options.items())]) for family, options in VARIANTS]
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=VARIANT_IDS)
+@torch.no_grad()
+def test_dense_equals_transformers(family, options):
+    hf_model = transformers_model(family, **options)
+    model = SptsModel(hf_model, fingerprint=FINGERPRINT)
+    token_ids = prompt(333)
+    expected = hf_model(torch.tensor([token_ids])).logits[0, -1]
+    torch.testing.assert_close(model.prefill(token_ids, Dense()).logits, expected, atol=1e-4, rtol=1e-5)
+    answer = hf_model.generate(torch.tensor([token_ids]), max_new_tokens=64, do_sample=False)[
+        0, 333:
+    ].tolist()
+    generation = model.generate(token_ids, Dense(), 64)
+    assert len(set(answer)) > 3, "an answer that repeats one token would show nothing"
+    assert generation.token_ids == answer
+    assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 63, 500, 1000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budgets_that_cover_the_prompt_equal_dense(family, num_tokens):
+    model = spts_model(transformers_model(family), first_layer=1)
+    token_ids, schedule = prompt(num_tokens), ample_schedule(6, num_tokens)
+    dense = model.prefill(token_ids, Dense())
+    for method in (Spts(schedule=schedule), Random(schedule=schedule), Recency(schedule=schedule)):
+        skipping = model.prefill(token_ids, method)
+        assert torch.equal(skipping.logits, dense.logits)
+        assert skipping.work == dense.work, "nothing is probed that is not used"
+        for ours, theirs in zip(skipping.cache.layers, dense.cache.layers, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours.rows(), theirs.rows(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_probe_equals_the_last_row_of_eager_attention(family):
+    hf_model = transformers_model(family, rope="yarn" if family != "llama" else "llama3")
+    model = spts_model(hf_model, first_layer=2)
+    token_ids = prompt(257)
+    hf_model.set_attn_implementation("eager")
+    weights = hf_model(torch.tensor([token_ids]), output_attentions=True).attentions[2][0, :, -1].mean(dim=0)
+    schedule = Schedule(
+        num_layers=6, first_skip_layer=2, stages=(Stage(last_layer=5, active_tokens=20, keep_tokens=None),)
+    )
+    trace = model.prefill(token_ids, Spts(schedule=schedule), trace=True).trace
+    assert trace is not None
+    assert trace[1].probe_scores is None
+    torch.testing.assert_close(trace[2].probe_scores, weights, atol=1e-5, rtol=0)
+    assert weights.max() > 5 * weights.mean(), "even attention would hide a wrong head or position"
+
+
+CASES = [
+    (family, rope, num_tokens, seed)
+    for seed, (family, rope, num_tokens) in enumerate(
+        (family, rope, num_tokens)
+        for family, rope in (
+            ("llama", "llama3"),
+            ("mistral", "default"),
+            ("qwen2", "default"),
+            ("qwen3", "yarn"),
+        )
+        for num_tokens in (2, 17, 63, 300)
+    )
+]
+
+
+@pytest.mark.parametrize("name", ["spts", "random", "recency"])
+@pytest.mark.parametrize(("family", "rope", "num_tokens", "seed"), CASES)
+def test_gathered_equals_masked(family, rope, num_tokens, seed, name):
+    draw = random.Random(seed)
+    hf_model = transformers_model(family, rope=rope)
+    model = spts_model(hf_model, first_layer=0)
+    reference = MaskedReference(hf_model, model.proxies)
+    for _ in range(3):
+        schedule = random_schedule(draw, layers=6, num_tokens=num_tokens)
+        method = _method(name, schedule)
+        token_ids = prompt(num_tokens)
+        result = model.prefill(token_ids, method, trace=True)
+        assert result.trace is not None
+        expected = reference.run(token_ids, schedule, result.trace, name)
+        assert_near(result.logits, expected.logits)
+        for layer, (trace, truth) in enumerate(zip(result.trace, expected.layers, strict=True)):
+            assert torch.equal(result.cache.positions(layer), trace.attention_tokens)
+            keys, values = result.cache.layers[layer].rows()
+            assert_near(keys, truth.keys[trace.attention_tokens])
+            assert_near(values, truth.values[trace.attention_tokens])
+            if trace.probe_scores is not None:
+                assert_near(trace.probe_scores, truth.attention_scores[trace.candidates])
+
+
+def assert_near(ours: Tensor, truth: Tensor) -> None:
+    """float32 against float64; at position 300 the angle of RoPE alone is rounded by up to 1.5e-5 radian."""
+    torch.testing.assert_close(ours.double(), truth, atol=5e-5 * float(truth.abs().max()), rtol=0)
+
+
+def _method(name: str, schedule: Schedule) -> Method:
+    return {"spts": Spts, "random": Random, "recency": Recency}[name](schedule=schedule)
+
+
+SKIPPING = Schedule(
+    num_layers=6,
+    first_skip_layer=2,
+    stages=(
+        Stage(last_layer=3, active_tokens=60, keep_tokens=40),
+        Stage(last_layer=4, active_tokens=20, keep_tokens=10),
+    ),
+)
+
+
+@pytest.mark.parametrize("name", ["spts", "random", "recency"])
+def test_work_is_what_the_schedule_says(name):
+    from spts.cost import planned_work
+
+    model = spts_model(transformers_model("qwen3"), first_layer=2)
+    method = _method(name, SKIPPING)
+    for num_tokens in (5, 15, 50, 200):
+        result = model.prefill(prompt(num_tokens), method)
+        assert result.work == planned_work(
+            SKIPPING, num_tokens, probe=method.probes, proxy=method.needs_proxies
+        )
+        assert result.cache.kv_tokens == sum(work.attention_tokens for work in result.work)
+
+
+def test_a_prefill_sliced_by_layer_equals_a_whole_one():
+    model = spts_model(transformers_model("qwen2"), first_layer=2)
+    token_ids, method = prompt(150), Spts(schedule=SKIPPING)
+    whole = model.prefill(token_ids, method, trace=True)
+    state = model.start_prefill(token_ids, method, trace=True)
+    slices = 0
+    while not model.advance(state, 1 + slices % 2):
+        assert state.result is None
+        model.prefill(prompt(70), method)
+        slices += 1
+    assert slices > 2
+    assert state.result is not None
+    assert torch.equal(state.result.logits, whole.logits)
+    assert state.result.work == whole.work
+    done = state.result
+    assert model.advance(state, 1)
+    assert state.result is done, "a finished prefill stays as it is"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["dense", "spts", "recency"])
+def test_decode_equals_attention_from_scratch_over_the_same_tokens(family, name):
+    """Each new token, computed in float64 over what every layer's cache holds, gives the same logits."""
+    hf_model = transformers_model(family, rope="yarn")
+    model = spts_model(hf_model, first_layer=2)
+    method = Dense() if name == "dense" else _method(name, SKIPPING)
+    prefill = model.prefill(prompt(200), method, max_new_tokens=5)
+    reference = MaskedReference(hf_model, None)
+    for step, token_id in enumerate(prompt(5)):
+        expected = reference.decode(token_id, prefill.cache)
+        logits = model.decode_step(torch.tensor([token_id]), [prefill.cache])
+        assert_near(logits[0], expected)
+        assert prefill.cache.next_position == 200 + step + 1
+
+
+def test_a_batch_of_requests_equals_each_alone():
+    model = spts_model(transformers_model("llama"), first_layer=2)
+    requests = [
+        (prompt(200), Spts(schedule=SKIPPING)),
+        (prompt(3), Dense()),
+        (prompt(64), Recency(schedule=SKIPPING)),
+        (prompt(150), Random(schedule=SKIPPING, seed=7)),
+    ]
+    alone = [model.prefill(ids, method, max_new_tokens=8).cache for ids, method in requests]
+    together = [model.prefill(ids, method, max_new_tokens=8).cache for ids, method in requests]
+    for _ in range(8):
+        token_ids = torch.tensor(prompt(4))
+        batch = model.decode_step(token_ids, together)
+        for row, cache in enumerate(alone):
+            single = model.decode_step(token_ids[row : row + 1], [cache])
+            torch.testing.assert_close(batch[row], single[0], atol=1e-4, rtol=1e-5)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.num_bytes == theirs.num_bytes
+
+
+def test_random_draws_anew_by_layer_and_the_same_by_seed():
+    model = spts_model(transformers_model("llama"), first_layer=2)
+    token_ids = prompt(200)
+    first, again, other = (
+        model.prefill(token_ids, Random(schedule=SKIPPING, seed=seed), trace=True).trace for seed in (1, 1, 2)
+    )
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first[2].attention_tokens, again[2].attention_tokens)
+    assert not torch.equal(first[2].attention_tokens, other[2].attention_tokens)
+    assert not torch.equal(first[2].attention_tokens, first[3].attention_tokens)
+    assert not torch.equal(first[2].attention_tokens, first[2].ffn_tokens)
+
+
+def test_generation_stops_and_reports():
+    model = spts_model(transformers_model("qwen2"), first_layer=2)
+    token_ids, method = prompt(100), Spts(schedule=SKIPPING)
+    free = model.generate(token_ids, method, 12, Sampling(logprobs=3))
+    assert len(free.token_ids) == 12
+    assert free.logprobs is not None
+    assert [entry.top[0][0] for entry in free.logprobs] == free.token_ids, "greedy takes the most likely"
+    stop = free.token_ids[4]
+    stopped = model.generate(token_ids, method, 12, Sampling(stop_token_ids=(stop,)))
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    assert stopped.finish_reason == "stop"
+    drawn = [
+        model.generate(token_ids, method, 12, Sampling(temperature=1.5, seed=3)).token_ids for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1] != free.token_ids
+
+
+def test_the_models_own_end_token_stops():
+    hf_model = transformers_model("llama")
+    token_ids = prompt(50)
+    free = SptsModel(hf_model, fingerprint=FINGERPRINT).generate(token_ids, Dense(), 10)
+    hf_model.generation_config.eos_token_id = [free.token_ids[3], 210]
+    model = SptsModel(hf_model, fingerprint=FINGERPRINT)
+    assert model.eos_token_ids == (free.token_ids[3], 210)
+    answer = model.generate(token_ids, Dense(), 10)
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3]) + 1]
+
+
+def test_the_wrapped_model_is_left_as_it_was():
+    hf_model = transformers_model("qwen3")
+    before = {name: (type(module), set(vars(module))) for name, module in hf_model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in hf_model.state_dict().items()}
+    model = spts_model(hf_model, first_layer=2)
+    model.generate(prompt(100), Spts(schedule=SKIPPING), 3)
+    assert {name: (type(module), set(vars(module))) for name, module in hf_model.named_modules()} == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in hf_model.state_dict().items())
+
+
+def test_rotation_stays_exact_in_a_model_cast_whole():
+    """`model.to(bfloat16)` casts the rotary frequencies too; far positions would turn wrongly."""
+    hf_model = transformers_model("llama").to(torch.bfloat16)
+    assert hf_model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    model = SptsModel(hf_model, fingerprint=FINGERPRINT)
+    stream = model.start_prefill(prompt(1000), Dense()).stream
+    angle = torch.tensor(999.0 * 10000.0 ** (-2 / 16), dtype=torch.float64)
+    assert abs(float(stream.cos_Td[999, 1]) - float(angle.cos())) < 0.01
+
+
+BAD_REQUESTS = [
+    ([], 0, "empty_prompt", "token_ids must hold at least one token, got 0"),
+    ([1, 2, 211, 999], 0, "token_out_of_vocabulary", "got 211 at index 2"),
+    ([1, -5], 0, "token_out_of_vocabulary", "got -5 at index 1"),
+    ([1, 2.5], 0, "token_out_of_vocabulary", "got 2.5 at index 1"),
+    ([True], 0, "token_out_of_vocabulary", "got True at index 0"),
+    ([1] * 1000, 101, "context_length_exceeded", "context of 1100 tokens, got 1000 + 101"),
+    ([1], -1, "invalid_sampling", "max_new_tokens must be at least 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("token_ids", "max_new_tokens", "code", "message"), BAD_REQUESTS)
+def test_bad_requests_are_refused_before_any_compute(token_ids, max_new_tokens, code, message, monkeypatch):
+    model = spts_model(transformers_model("llama"))
+    monkeypatch.setattr(model, "_embed", _unreachable)
+    with pytest.raises(RequestError, match=message.replace("+", r"\+")) as refused:
+        model.prefill(token_ids, Dense(), max_new_tokens=max_new_tokens)
+    assert refused.value.code == code
+    assert refused.value.field in ("token_ids", "max_new_tokens")
+
+
+def test_the_whole_context_may_be_used():
+    model = spts_model(transformers_model("llama"))
+    assert len(model.generate(prompt(1090), Dense(), 10).token_ids) == 10
+
+
+def test_generate_wants_a_token():
+    with pytest.raises(RequestError, match="max_new_tokens must be at least 1, got 0"):
+        spts_model(transformers_model("llama")).generate([1], Dense(), 0)
+
+
+def test_methods_that_do_not_fit_are_refused_before_any_compute(monkeypatch):
+    hf_model = transformers_model("llama")
+    bare, late = spts_model(hf_model), spts_model(hf_model, first_layer=3)
+    for model in (bare, late):
+        monkeypatch.setattr(model, "_embed", _unreachable)
+        with pytest.raises(ProxyError, match=r"proxies must cover layers 2 to .* for method spts"):
+            model.prefill([1, 2, 3], Spts(schedule=SKIPPING))
+    with pytest.raises(ConfigError, match=r"schedule.num_layers must equal the model's 6 layers, got 7"):
+        bare.prefill([1], Recency(schedule=SKIPPING.scaled(num_layers=7, num_tokens=32768)))
+
+
+def test_proxies_of_another_model_are_refused():
+    hf_model = transformers_model("llama")
+    proxies = spts_model(hf_model, first_layer=2).proxies
+    assert isinstance(proxies, Proxies)
+    with pytest.raises(ProxyError, match="fingerprint other, got tiny"):
+        SptsModel(hf_model, fingerprint="other", proxies=proxies)
+
+
+def test_head_counts_that_do_not_add_up_are_refused():
+    class TwoRanks:
+        rank, world_size = 0, 2
+
+        def all_reduce(self, tensor):
+            return tensor
+
+        def broadcast(self, tensor):
+            return tensor
+
+    with pytest.raises(ModelError, match=r"num_attention_heads = 6, got 6 x 2"):
+        SptsModel(transformers_model("llama"), fingerprint=FINGERPRINT, collective=TwoRanks())
+
+
+def _unreachable(*_: object) -> None:
+    raise AssertionError("the request was computed")
