@@ -223,7 +223,7 @@ def test_a_killed_rank_is_said_in_the_stream_and_the_endpoint_comes_back(http, o
     }
     ranks = sorted(rank_pids() - other_ranks)
     assert len(ranks) == 2
-    events = []
+    events: list[str] = []
     with http.stream("POST", "/v1/completions", json=body) as answer:
         for line in answer.iter_lines():
             if line and not events:
