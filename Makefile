@@ -4,6 +4,8 @@ VENV ?= .venv
 RESULTS ?= $(CURDIR)/results/demo
 ARGS ?=
 
+# A job runs in a copy without .git, so it is told which commit it is.
+COMMIT := $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
@@ -24,7 +26,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## dense, spts, random and recency on the bundled model, as a Ray job; ends in a table and a report
 	@mkdir -p "$(RESULTS)"
 	"$(BIN)/python" -m cluster.local -- ray job submit --working-dir . -- \
-		python -m jobs.sweep --config jobs/configs/demo.yaml --out "$(RESULTS)" $(ARGS)
+		python -m jobs.sweep --config jobs/configs/demo.yaml --out "$(RESULTS)" \
+		$(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 serve: $(INSTALLED) ## The OpenAI-compatible endpoint of ray_config.yaml, until Ctrl-C
 	"$(BIN)/python" -m cluster.config ray_config.yaml

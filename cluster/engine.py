@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from cluster.admission import check_request
 from cluster.config import EngineConfig
-from cluster.group import Group, RayGroup
+from cluster.group import Group, RayGroup, placement_name
 from cluster.protocol import (
     Chunk,
     EngineError,
@@ -381,3 +381,8 @@ def stop_engine(engine: Any) -> None:
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         logger.info("the engine was gone before it was stopped")
     ray.kill(engine)
+    try:
+        left = ray.util.get_placement_group(placement_name(engine._actor_id.hex()))
+    except ValueError:
+        return  # the engine gave it back itself
+    ray.util.remove_placement_group(left)

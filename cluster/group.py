@@ -127,7 +127,11 @@ class RayGroup:
                     num_threads=config.num_threads,
                 )
                 placement.check_fits(bundles, ray.cluster_resources())
-                self._placement = placement_group(bundles, strategy=placement.strategy(device=config.device))
+                self._placement = placement_group(
+                    bundles,
+                    strategy=placement.strategy(device=config.device),
+                    name=placement_name(ray.get_runtime_context().get_actor_id()),
+                )
             try:
                 await asyncio.wait_for(_result(self._placement.ready()), config.start_timeout_s)
             except TimeoutError:
@@ -165,6 +169,12 @@ class RayGroup:
             for call in calls:  # a rank that hangs must not hold its engine
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
+
+
+def placement_name(actor_id: str | None) -> str:
+    """Name of the placement group that an engine actor creates. Ray keeps it when the actor is killed, until
+    the job ends; by this name whoever replaces the actor can give it back."""
+    return "" if actor_id is None else f"ranks-of-{actor_id}"
 
 
 async def _result(ref: Any) -> Any:

@@ -109,32 +109,40 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
 def run(command: Sequence[str], *, num_cpus: int | None = None) -> int:
     """Run `command` against a cluster of its own; its exit status. Ctrl-C, SIGTERM and SIGHUP stop both."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def terminate(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        signal.signal(number, terminate)
     print("starting a local Ray cluster ...", file=sys.stderr, flush=True)
     try:
         with local_ray(num_cpus=num_cpus) as env:
             child = subprocess.Popen(command, env=env)
             try:
                 return child.wait()
+            except KeyboardInterrupt:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(STOP_TIMEOUT_S)  # Ctrl-C reached it too, and it ends in its own way
+                raise
             finally:
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut the clean-up short
-                if child.poll() is None:
-                    child.terminate()
-                    try:
-                        child.wait(STOP_TIMEOUT_S)
-                    except subprocess.TimeoutExpired:
-                        child.kill()
+                    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
+                _end(child)
                 print("stopping the local Ray cluster ...", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

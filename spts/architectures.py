@@ -17,9 +17,14 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One supported family: its class in transformers, and the key that turns sliding windows on, if any."""
+    """One supported family.
+
+    class_name: its class in transformers. has_windows: its configuration may ask for sliding windows.
+    window_switch: the key that turns them on; None = they are on whenever `sliding_window` is set.
+    """
 
     class_name: str
+    has_windows: bool = False
     window_switch: str | None = None
 
 
@@ -27,9 +32,9 @@ ARCHITECTURES = {
     architecture.class_name: architecture
     for architecture in (
         Architecture(class_name="LlamaForCausalLM"),
-        Architecture(class_name="MistralForCausalLM"),
-        Architecture(class_name="Qwen2ForCausalLM", window_switch="use_sliding_window"),
-        Architecture(class_name="Qwen3ForCausalLM", window_switch="use_sliding_window"),
+        Architecture(class_name="MistralForCausalLM", has_windows=True),
+        Architecture(class_name="Qwen2ForCausalLM", has_windows=True, window_switch="use_sliding_window"),
+        Architecture(class_name="Qwen3ForCausalLM", has_windows=True, window_switch="use_sliding_window"),
     )
 }
 
@@ -84,14 +89,14 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_window(config: dict[str, Any], architecture: Architecture) -> None:
-    window = config.get("sliding_window")
-    if architecture.window_switch is not None and not config.get(architecture.window_switch, False):
-        window = None
-    layer_types = config.get("layer_types") or []
-    if "sliding_attention" in layer_types:
-        window = config.get("sliding_window") or 0
-    context = config.get("max_position_embeddings", 0)
-    if window is not None and window < context:
+    in_use = architecture.has_windows
+    if architecture.window_switch is not None:
+        windowed_from = config.get("max_window_layers", 0)
+        in_use = config.get(architecture.window_switch, False) and windowed_from < config["num_hidden_layers"]
+        if config.get("layer_types"):
+            in_use = "sliding_attention" in config["layer_types"]
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings", 0)
+    if in_use and window is not None and window < context:
         raise ModelError(
             f"sliding_window must be null or at least the context of {context} tokens, got {window}; "
             "token skipping over sliding windows is not supported",

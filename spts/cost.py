@@ -87,6 +87,18 @@ class ProxyShape:
         require_int("channels", self.channels, minimum=1)
         require_int("rank", self.rank, minimum=1)
 
+    @classmethod
+    def default(cls, shape: ModelShape) -> ProxyShape:
+        """Size in the proportions that the paper gives LLaMA-3.1-8B: F / 28 channels, 3 / 64 of D as rank.
+
+        At least 64 channels and rank 16, where the model has as many: below, an estimate is mostly noise.
+        Example: F = 14,336 and D = 4,096 give (512, 192); F = 1,792 and D = 512 give (64, 24).
+        """
+        channels = min(max(64, shape.intermediate_size // 28), shape.intermediate_size)
+        return cls(
+            channels=channels, rank=min(max(16, 3 * shape.hidden_size // 64), channels, shape.hidden_size)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWork:

@@ -35,8 +35,7 @@ class FrozenRun:
 
     dense_LV: the dense model's logits, float32 [L, V].
     frozen_LV: one [L, V] for each layer l = 0 … num_layers - 1, the context frozen from layer l on. Nothing
-    after the
-        last layer reads an update made in it, so the last entry equals `dense_LV` but for rounding.
+        after the last layer reads an update made in it, so the last entry equals `dense_LV` but for rounding.
     """
 
     dense_LV: Tensor
@@ -207,7 +206,7 @@ def measure(
     method: Method,
     *,
     live_tokens: int = 32,
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Safety:
     """Both curves over `prompts`, each at least one token; `progress()` after each prompt.
 

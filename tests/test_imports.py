@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.without import run_without
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("spts", "cluster", "jobs")
@@ -206,20 +210,50 @@ def test_core_imports_without_the_extras() -> None:
     """On a machine with torch and transformers alone: all of spts, and the CLIs that need no cluster."""
     extras = ("ray", "deepspeed", "pydantic", "fastapi", "openai", "datasets")
     modules = [*(each for each in sources() if is_within(each, ("spts",))), "jobs.latency", "jobs.calibrate"]
-    code = (
-        "import importlib, sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {extras!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-        f"for name in {modules!r}:\n"
-        "    importlib.import_module(name)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = run_without(extras, f"import importlib\nfor name in {modules!r}: importlib.import_module(name)")
     assert result.returncode == 0, result.stderr
+
+
+# import name -> distribution, where they differ; starlette is fastapi's own face
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "starlette": "fastapi",
+    "huggingface_hub": "huggingface-hub",
+    "pytest_asyncio": "pytest-asyncio",
+}
+NEVER_IMPORTED = {"ruff", "mypy", "types-pyyaml", "types-tqdm", "pytest-timeout"}  # tools
+
+
+def declared() -> dict[str, set[str]]:
+    """Distributions by extra, those of the core under ""; lower case, without versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    names = {
+        extra: {re.match(r"[\w-]+", line).group().lower() for line in lines}  # type: ignore[union-attr]
+        for extra, lines in groups.items()
+    }
+    return {extra: found - {"spts"} for extra, found in names.items()}
+
+
+def imported(folder: str) -> set[str]:
+    """Distributions that the files below a folder import from."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        found |= {name.split(".")[0] for _, name in imports("x.y", path)}
+    outside = found - set(sys.stdlib_module_names) - {*PACKAGES, "tests", "x"}
+    return {DISTRIBUTION.get(name, name) for name in outside}
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    extras = declared()
+    core = extras[""]
+    assert imported("spts") <= core
+    assert imported("cluster") <= core | extras["cluster"]
+    assert imported("jobs") <= core | extras["cluster"] | extras["jobs"]
+    everything = set().union(*extras.values())
+    used = set().union(*(imported(folder) for folder in (*PACKAGES, "tests")))
+    assert used <= everything
+    assert everything - used == NEVER_IMPORTED
 
 
 def test_no_catch_all_modules() -> None:

@@ -125,7 +125,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
         "num_local_experts must be absent, got 4",
     ),
     (
-        {"use_sliding_window": True, "sliding_window": 512},
+        {"use_sliding_window": True, "sliding_window": 512, "layer_types": None, "max_window_layers": 2},
         "sliding_window must be null or at least .* got 512",
     ),
     (
@@ -155,7 +155,16 @@ def test_configurations_that_are_not_supported_are_refused_by_name(folder, chang
 
 
 def test_windows_switched_off_or_longer_than_the_context_are_fine():
-    base = {"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 4096, "sliding_window": 1024}
+    base = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_position_embeddings": 4096,
+        "sliding_window": 1024,
+        "num_hidden_layers": 6,
+    }
+    check_config({**base, "use_sliding_window": True, "max_window_layers": 6})
+    check_config({**base, "architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(ModelError, match="sliding_window"):
+        check_config({**base, "use_sliding_window": True, "max_window_layers": 5})
     check_config({**base, "use_sliding_window": False})
     check_config({**base, "architectures": ["MistralForCausalLM"], "sliding_window": None})
     check_config({**base, "architectures": ["MistralForCausalLM"], "sliding_window": 4096})

@@ -175,7 +175,9 @@ def test_a_prefill_sliced_by_layer_equals_a_whole_one():
     assert state.result is not None
     assert torch.equal(state.result.logits, whole.logits)
     assert state.result.work == whole.work
+    done = state.result
     assert model.advance(state, 1)
+    assert state.result is done, "a finished prefill stays as it is"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,1 @@
+"""Evaluation jobs: sweeps, calibration, latency, and the training of the bundled demo model."""

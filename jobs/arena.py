@@ -1,0 +1,221 @@
+"""Where methods are timed: a whole model in this process, or an engine on Ray."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.provenance import hardware, versions
+from jobs.timing import Contestant
+from spts.cost import ModelShape, ProxyShape
+from spts.errors import ConfigError
+from spts.methods import Method
+
+DEFAULT_MODEL = "jobs/demo_model"
+
+SHAPES: Mapping[str, ModelShape] = {
+    "llama-32x512": ModelShape(
+        num_layers=32,
+        hidden_size=512,
+        intermediate_size=1792,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        vocab_size=32000,
+    ),
+    "llama-3.1-8b": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+    ),
+    "qwen2.5-7b": ModelShape(
+        num_layers=28,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        vocab_size=152064,
+    ),
+}
+"""Shapes for models of random weights, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arena:
+    """Where methods run.
+
+    about: what a reader of the figures has to know, by title. enter: makes a method a contestant. rival:
+    another implementation of dense on the same weights, if there is one.
+    """
+
+    shape: ModelShape
+    max_context: int
+    proxy: ProxyShape | None
+    about: Mapping[str, str]
+    enter: Callable[[Method], Contestant]
+    rival: Contestant | None
+
+
+@contextmanager
+def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
+    """A whole model in this process; random weights and random proxies where none are given."""
+    import torch
+
+    from jobs.contestants import Own, Transformers, check_device, random_model, random_proxies
+    from spts import loading
+    from spts.model import SptsModel
+
+    if args.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"tensor_parallel_size must be 1 with --local, "
+            f"got {args.tensor_parallel_size}; leave --local out",
+            field="tensor_parallel_size",
+        )
+    device = check_device(args.device)
+    torch.set_num_threads(args.threads)
+    longest = max(args.lengths) + args.tokens_out
+    proxies = None
+    if args.shape is not None:
+        hf_model = random_model(_shape(args.shape), max_tokens=longest, dtype=args.dtype, device=args.device)
+        fingerprint, name = f"random-{args.shape}", f"{args.shape}, random weights"
+    else:
+        folder = loading.resolve(args.model or DEFAULT_MODEL)
+        loading.check_folder(folder)
+        fingerprint, name = loading.fingerprint(folder), str(args.model or DEFAULT_MODEL)
+        proxies = loading.load_proxies(folder, args.proxies, fingerprint=fingerprint)
+        hf_model = loading.load_transformers(folder, dtype=args.dtype, device=args.device)
+    try:
+        hf_model.set_attn_implementation(args.attention)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"attention must be a backend that works here, got {args.attention!r} ({error}); use sdpa",
+            field="attention",
+        ) from None
+    bare = SptsModel(hf_model, fingerprint=fingerprint)
+    if proxies is None:
+        size = ProxyShape.default(bare.shape)
+        size = ProxyShape(channels=args.channels or size.channels, rank=args.rank or size.rank)
+        proxies = random_proxies(bare.shape, size, first_layer=0, fingerprint=fingerprint)
+        origin = "random"
+    elif args.channels or args.rank:
+        raise ConfigError(
+            "channels and rank must be left out for a model with proxies of its own, got "
+            f"{args.channels or args.rank}; leave them out",
+            field="channels",
+        )
+    else:
+        size = ProxyShape(channels=proxies.manifest.channels, rank=proxies.manifest.rank)
+        origin = "fitted"
+    model = SptsModel(hf_model, fingerprint=fingerprint, proxies=proxies)
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    yield Arena(
+        shape=model.shape,
+        max_context=model.max_context,
+        proxy=size,
+        about={
+            **_about(name, model.shape, args),
+            "hardware": gpu + _machine(),
+            "proxies": f"{origin}, {size.channels} channels, rank {size.rank}",
+            "attention": f"ours: torch scaled_dot_product_attention; transformers: {args.attention}",
+        },
+        enter=lambda method: Own(model, method),
+        rival=Transformers(hf_model),
+    )
+
+
+@contextmanager
+def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
+    """An engine on the Ray cluster of this job, or on one of its own."""
+    import ray
+
+    from cluster.config import EngineConfig, resolve_path
+    from cluster.engine import start_engine, stop_engine
+    from jobs.contestants import OnEngine
+    from spts import loading
+
+    for field in ("shape", "channels", "rank"):
+        if getattr(args, field) is not None:
+            raise ConfigError(
+                f"{field} must be left out without --local, got {getattr(args, field)}; add --local",
+                field=field,
+            )
+    model = args.model or DEFAULT_MODEL
+    folder = loading.resolve(resolve_path(model))
+    loading.check_folder(folder)
+    shape = ModelShape.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = EngineConfig(
+        model=model,
+        dtype=args.dtype,
+        device=args.device,
+        tensor_parallel_size=args.tensor_parallel_size,
+        proxies=args.proxies,
+        num_threads=args.threads,
+        layers_per_step=shape.num_layers,  # a prompt alone is never sliced
+    )
+    own_cluster = not ray.is_initialized()
+    if own_cluster:
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        engine = start_engine(config)
+        try:
+            info = ray.get(engine.info.remote())
+            yield Arena(
+                shape=info.shape,
+                max_context=info.max_context,
+                proxy=_fitted_size(Path(resolve_path(args.proxies)) if args.proxies else folder / "proxies"),
+                about={
+                    **_about(str(model), info.shape, args),
+                    "hardware": _machine(),
+                    "engine": f"Ray {ray.__version__}, {info.world_size} rank(s)",
+                    "attention": "torch scaled_dot_product_attention",
+                },
+                enter=lambda method: OnEngine(engine, method),
+                rival=None,
+            )
+        finally:
+            stop_engine(engine)
+    finally:
+        if own_cluster:
+            ray.shutdown()
+
+
+def _about(model: str, shape: ModelShape, args: argparse.Namespace) -> dict[str, str]:
+    return {
+        "model": f"{model}: {shape.num_layers} layers, hidden {shape.hidden_size}, inner "
+        f"{shape.intermediate_size}, {shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}",
+        "setting": f"{args.dtype} on {args.device}, {args.threads} CPU thread(s), batch 1, {args.tokens_out} "
+        f"tokens out, {args.repeats} repeats in turns after one to warm up, random tokens",
+    }
+
+
+def _machine() -> str:
+    machine: Mapping[str, Any] = hardware()
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{machine['cpu']}, {machine['cpu_cores']} cores; {software}"
+
+
+def _shape(name: str) -> ModelShape:
+    if name not in SHAPES:
+        raise ConfigError(
+            f"shape must be one of {', '.join(SHAPES)}, got {name!r}; choose one", field="shape"
+        )
+    return SHAPES[name]
+
+
+def _fitted_size(folder: Path) -> ProxyShape | None:
+    manifest = folder / "proxies.json"
+    if not manifest.is_file():
+        return None
+    data = json.loads(manifest.read_text(encoding="utf-8"))
+    return ProxyShape(channels=data["channels"], rank=data["rank"])

@@ -1,0 +1,154 @@
+"""Time to first token, time per output token and KV bytes, per method and length, beside what `spts.cost`
+predicts.
+
+    python -m jobs.latency --local --shape llama-32x512 --lengths 4096 --threads 1
+    ray job submit --working-dir . -- python -m jobs.latency --model jobs/demo_model --lengths 1024 4096
+
+--local runs in this process, against transformers' own forward on the same weights, and needs torch and
+transformers alone. Without it an engine on Ray answers. Nothing is timed unless the results are right; the
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from cluster.protocol import EngineError
+from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
+from jobs.options import describe_schedule
+from jobs.provenance import versions
+from jobs.timing import Case, Row, measure, plan, table, work_faults
+from spts.errors import ConfigError, SptsError
+from spts.schedule import require_int
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class GateError(Exception):
+    """A result that is wrong, so that its speed says nothing."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    args = argparse.ArgumentParser(prog="python -m jobs.latency", description=(__doc__ or "").split("\n")[0])
+    args.add_argument("--local", action="store_true", help="in this process, without Ray")
+    args.add_argument("--model", help=f"folder or hub id (default: {DEFAULT_MODEL})")
+    args.add_argument("--shape", help=f"random weights instead, with --local: {', '.join(SHAPES)}")
+    args.add_argument("--lengths", type=int, nargs="+", default=[4096], help="prompt lengths, tokens")
+    args.add_argument("--methods", nargs="+", default=["spts"], help="beside dense: spts, random, recency")
+    args.add_argument(
+        "--schedule", default="llama-3.1-8b", help="preset, scaled to the model, or a YAML file"
+    )
+    args.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one to warm up")
+    args.add_argument("--tokens-out", type=int, default=16, help="tokens per answer, the first included")
+    args.add_argument("--dtype", default="float32", choices=tuple(DTYPE_BYTES))
+    args.add_argument("--device", default="cpu", help="cpu or cuda")
+    args.add_argument("--threads", type=int, default=1, help="CPU threads, per rank")
+    args.add_argument("--proxies", help="folder of proxies (default: the model's own)")
+    args.add_argument("--channels", type=int, help="D_low of random proxies, with --local")
+    args.add_argument("--rank", type=int, help="rank of random proxies, with --local")
+    args.add_argument("--attention", default="sdpa", help="transformers' attention backend, with --local")
+    args.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, on an engine")
+    return args
+
+
+def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
+    """Prints the setting, the prediction, and per length the measurement; the last line printed is JSON.
+
+    Raises ConfigError and RequestError before anything runs, GateError before anything is timed.
+    """
+    for length in args.lengths:
+        if length + args.tokens_out > arena.max_context:
+            raise ConfigError(
+                f"lengths must leave room for {args.tokens_out} tokens in the context of "
+                f"{arena.max_context}, got {length}; use at most {arena.max_context - args.tokens_out}",
+                field="lengths",
+            )
+    cases = [
+        plan(
+            arena.shape,
+            length,
+            names=args.methods,
+            schedule=args.schedule,
+            proxy=arena.proxy,
+            dtype_bytes=DTYPE_BYTES[args.dtype],
+        )
+        for length in args.lengths
+    ]
+    print(*(f"{title:<10} {text}" for title, text in arena.about.items()), sep="\n")
+    for case in cases:
+        print("", f"predicted  {case.length} tokens: {describe_schedule(case.schedule)}", sep="\n")
+        print(*(f"           {line}" for line in case.predictions()), sep="\n", flush=True)
+    rows: list[Row] = []
+    for case in cases:
+        rows += _race_one(args, arena, case)
+    print("", table(rows), "", sep="\n")
+    print(json.dumps({**arena.about, "versions": versions(), "rows": [asdict(row) for row in rows]}))
+    return rows
+
+
+def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
+    from tqdm import tqdm
+
+    from jobs.contestants import TOLERANCE, disagreement
+
+    draw = random.Random(case.length)
+    prompt, follow = (
+        [draw.randrange(arena.shape.vocab_size) for _ in range(count)]
+        for count in (case.length, args.tokens_out - 1)
+    )
+    contestants = [arena.enter(method) for method in case.methods]
+    if arena.rival is not None:
+        contestants.append(arena.rival)
+    total = len(contestants) * (args.repeats + 1) + 1
+    with tqdm(desc=f"{case.length} tokens", unit="run", total=total) as bar:
+        warm = {}
+        for each in contestants:
+            warm[each.name] = each.run(prompt, follow)
+            bar.update()
+        full = arena.enter(case.full()).run(prompt, follow)
+        bar.update()
+        faults = work_faults(case, warm, arena.shape)
+        equal = {"spts with budgets that cover the prompt": full}
+        if arena.rival is not None:
+            equal[arena.rival.name] = warm[arena.rival.name]
+        for name, run in equal.items():
+            if problem := disagreement(run.answer, warm["dense"].answer, TOLERANCE[args.dtype]):
+                faults.append(f"{name} does not equal dense: {problem}")
+        if faults:
+            raise GateError(f"at {case.length} tokens: {'; '.join(faults)}")
+        return measure(
+            case, contestants, prompt=prompt, follow=follow, repeats=args.repeats, progress=bar.update
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 when a result is wrong (nothing is timed then), 2 for refused input."""
+    args = parser().parse_args(argv)
+    try:
+        for field, minimum in (("repeats", 1), ("tokens_out", 1), ("threads", 1)):
+            require_int(field, getattr(args, field), minimum=minimum)
+        for length in args.lengths:
+            require_int("lengths", length, minimum=1)
+        if args.shape is not None and args.model is not None:
+            raise ConfigError(
+                f"model must be left out with --shape, got {args.model}; give one", field="model"
+            )
+        with local_arena(args) if args.local else engine_arena(args) as arena:
+            race(args, arena)
+    except (SptsError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except GateError as error:
+        print(f"error: a wrong result, so nothing was timed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What the command lines share: a schedule by name or file, a folder to write to, files that appear whole.
+
+Neither Ray nor pydantic: `jobs.latency --local` and `jobs.calibrate` run where only torch and transformers
+are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spts.errors import ConfigError
+from spts.schedule import PRESETS, Schedule, check_keys, require_int
+
+
+def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:
+    """The schedule that `--schedule` means for a model and a prompt length.
+
+    choice: a preset's name, scaled to the model's depth and the length; or a YAML file with what a sweep's
+    `schedule` may hold: {preset, scaled}, or a schedule's own keys, with `reference_tokens` to have it
+    scaled.
+
+    Worked example: "llama-3.1-8b" for 32 layers and 4,096 tokens has an eighth of the budgets that it has at
+    32,768.
+
+    Raises ConfigError naming the file and the key.
+    """
+    if choice in PRESETS:
+        return _scaled(choice, num_layers, num_tokens)
+    path = Path(choice)
+    if not path.is_file():
+        raise ConfigError(
+            f"schedule must be one of {', '.join(PRESETS)} or a YAML file, got {choice!r}; check the name",
+            field="schedule",
+        )
+    data = read_yaml(path)
+    try:
+        return schedule_from(data, num_layers=num_layers, num_tokens=num_tokens)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}", field=error.field) from None
+
+
+def schedule_from(data: object, *, num_layers: int, num_tokens: int) -> Schedule:
+    """The schedule that a mapping of a configuration means for a model and a prompt length.
+
+    {preset: NAME} is the preset as published, {preset: NAME, scaled: true} fitted to depth and length; else
+    `data` has a schedule's own keys, and is fitted if it also has reference_tokens. Raises ConfigError naming
+    the key.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"schedule must be a mapping, got {data!r}; correct it", field="schedule")
+    if "preset" in data:
+        check_keys("schedule", data, required=("preset",), optional=("scaled",))
+        name, scaled = str(data["preset"]), data.get("scaled", False)
+        if not isinstance(scaled, bool):
+            raise ConfigError(
+                f"schedule.scaled must be true or false, got {scaled!r}; correct it", field="schedule"
+            )
+        return _scaled(name, num_layers, num_tokens) if scaled else Schedule.preset(name)
+    own = {key: value for key, value in data.items() if key != "reference_tokens"}
+    schedule = Schedule.from_dict(own)
+    if "reference_tokens" not in data:
+        return schedule
+    require_int("schedule.reference_tokens", data["reference_tokens"], minimum=1)
+    return schedule.scaled(
+        num_layers=num_layers, num_tokens=num_tokens, reference_tokens=data["reference_tokens"]
+    )
+
+
+def _scaled(preset: str, num_layers: int, num_tokens: int) -> Schedule:
+    return Schedule.preset(preset).scaled(
+        num_layers=num_layers, num_tokens=num_tokens, reference_tokens=PRESETS[preset].reference_tokens
+    )
+
+
+def read_yaml(path: Path) -> object:
+    """The plain data of a YAML file. Raises ConfigError naming the file."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} must be a YAML file, got {error}; correct it", field="config") from None
+
+
+def describe_schedule(schedule: Schedule) -> str:
+    """One line for a terminal: "dense to layer 9; 10-13: 1152 (keep 1024); …"."""
+    if not schedule.stages:
+        return "every layer dense"
+    parts = [f"dense before layer {schedule.first_skip_layer}"]
+    first = schedule.first_skip_layer
+    for stage in schedule.stages:
+        cut = "" if stage.keep_tokens is None else f", then keep {stage.keep_tokens}"
+        layers = f"{first}-{stage.last_layer}" if first < stage.last_layer else f"{first}"
+        parts.append(f"{layers}: {stage.active_tokens} tokens{cut}")
+        first = stage.last_layer + 1
+    return "; ".join(parts)
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """`path` as a folder that files can be written to, made if it is not there. Raises ConfigError."""
+    folder = Path(path).expanduser()
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"out must be a folder that can be written, got {folder} ({error.strerror}); choose another",
+            field="out",
+        ) from None
+    return folder
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,103 @@
+"""Where results come from: command, code, versions, hardware. Imports nothing of what it reports on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.record import read_lines, repair_last_line, to_line
+
+_FILE = "provenance.jsonl"
+_PACKAGES = ("spts", "torch", "transformers", "tokenizers", "ray", "deepspeed", "triton", "numpy", "scipy")
+_CODE = ("spts", "cluster", "jobs")
+
+
+def collect(*, command: Sequence[str], config: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
+    """All that is known before an engine starts. `commit` is what the caller says; None = ask git here."""
+    root = Path(__file__).resolve().parents[1]
+    return {
+        "started_unix_s": round(time.time(), 3),
+        "command": list(command),
+        "config": dict(config),
+        "code": {"commit": commit or _git_commit(root), "sha256": code_hash(root)},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def append(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Adds one start of the sweep to a results folder."""
+    with (folder / _FILE).open("ab+", buffering=0) as file:
+        repair_last_line(file)
+        file.write(to_line(entry))
+        os.fsync(file.fileno())
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """One entry per start of the sweep, oldest first."""
+    path = folder / _FILE
+    return list(read_lines(path)) if path.is_file() else []
+
+
+def code_hash(root: Path) -> str:
+    """First 20 hex digits of the sha256 over the source files: names the code where git is not at hand."""
+    digest = hashlib.sha256()
+    for package in _CODE:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that can change an answer or a time."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine of this process: processor, usable cores, memory."""
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_commit(root: Path) -> str | None:
+    """The commit of a checkout, "-dirty" added where files differ from it; None outside of one."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")

@@ -1,0 +1,199 @@
+"""What a sweep asks for: a YAML file, checked whole before anything starts, and the cells it stands for.
+
+name: demo
+model: jobs/demo_model
+methods:
+  - name: dense
+  - name: spts
+    schedule: {preset: demo-12l, scaled: true}
+tasks: [single, multikey]
+lengths: [1024, 4096]
+samples: 20
+output: results/demo
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from cluster.config import Strict, parse, read_yaml
+from jobs.options import schedule_from
+from jobs.tasks import get_task
+from spts import methods
+from spts.errors import ConfigError
+from spts.methods import METHODS, Method
+from spts.schedule import Schedule
+
+
+class EngineSpec(Strict):
+    """The engines of a sweep: `count` equal ones, each answering `in_flight` prompts at a time.
+
+    Times are those of a prompt alone only if in_flight is 1. The other keys: `cluster.config.EngineConfig`.
+    """
+
+    count: int = Field(default=1, ge=1)
+    in_flight: int = Field(default=1, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    num_threads: int = Field(default=1, ge=1)
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    step_timeout_s: float = Field(default=300.0, gt=0)
+
+
+class MethodSpec(Strict):
+    """One method with its parameters.
+
+    schedule: a preset's name; {preset, scaled}; or a schedule's own keys, with reference_tokens to scale it.
+    A scaled schedule is fitted to the model's depth and to each prompt length. seed: of methods that draw.
+    label: its name in reports, unique; None = the method's name.
+    """
+
+    name: str
+    label: str | None = Field(default=None, min_length=1, max_length=40)
+    schedule: str | dict[str, Any] | None = None
+    seed: int | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"name must be one of {', '.join(METHODS)}, got {value!r}; choose one of them")
+        return value
+
+    @property
+    def title(self) -> str:
+        """The label in reports."""
+        return self.label or self.name
+
+    def at(self, *, num_layers: int, length: int) -> Method:
+        """The method with the schedule that prompts of `length` tokens get. Raises ConfigError."""
+        data: dict[str, object] = {"name": self.name}
+        if self.schedule is not None:
+            data["schedule"] = concrete_schedule(
+                self.schedule, num_layers=num_layers, length=length
+            ).to_dict()
+        if self.seed is not None:
+            data["seed"] = self.seed
+        method = methods.from_dict(data)
+        method.schedule_for(num_layers)
+        return method
+
+
+class Sweep(Strict):
+    """models × methods × tasks × lengths × seeds, `samples` of each.
+
+    model: folder or hub id, or a list of them. proxies: folder of fitted proxies; None = the model's own.
+    samples: per task and length, or a mapping from length to such a number. output: folder of the results.
+    sample_timeout_s: a sample that takes longer fails. attempts: tries per sample where an engine, not the
+    sample, was at fault.
+    """
+
+    name: str = Field(min_length=1, max_length=80)
+    model: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    proxies: str | None = None
+    engine: EngineSpec = EngineSpec()
+    methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1, strict=False)]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, strict=False)]
+    samples: Annotated[int, Field(ge=1)] | dict[int, Annotated[int, Field(ge=1)]]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (0,)
+    output: str = Field(min_length=1)
+    sample_timeout_s: float = Field(default=600.0, gt=0)
+    attempts: int = Field(default=3, ge=1)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _one_model_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("model", "tasks", "lengths", "seeds")
+    @classmethod
+    def _no_duplicates(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        twice = next((one for one in value if value.count(one) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{info.field_name} must list each value once, got {twice!r} twice; remove one")
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for index, name in enumerate(value):
+            try:
+                get_task(name)
+            except ConfigError as error:
+                raise ValueError(f"tasks.{index}: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Sweep:
+        titles = [method.title for method in self.methods]
+        for index, title in enumerate(titles):
+            if title in titles[:index]:
+                raise ValueError(
+                    f"methods.{index}.label must be unique, got {title!r} again; give it a label of its own"
+                )
+        if isinstance(self.samples, dict) and set(self.samples) != set(self.lengths):
+            raise ValueError(
+                f"samples must have one entry for each of lengths {sorted(self.lengths)}, "
+                f"got {sorted(self.samples)}; list the same lengths"
+            )
+        if self.proxies is not None and len(self.model) > 1:
+            raise ValueError(
+                f"proxies must be left out with several models, got {self.proxies!r}; "
+                "put each model's proxies into its own folder"
+            )
+        return self
+
+    def count(self, length: int) -> int:
+        """Samples per task and seed at this length."""
+        return self.samples[length] if isinstance(self.samples, dict) else self.samples
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Reads a sweep's YAML file. Raises ConfigError naming file, key, rule and value of every fault."""
+    return parse(read_yaml(path), Sweep, source=str(path))
+
+
+def concrete_schedule(choice: str | Mapping[str, Any], *, num_layers: int, length: int) -> Schedule:
+    """The schedule that a configuration's `schedule` means for a model and a prompt length.
+
+    Worked example: {preset: llama-3.1-8b, scaled: true} at 32 layers and 16,384 tokens has half the budgets
+    that the paper gives for 32,768. Raises ConfigError.
+    """
+    if isinstance(choice, str):
+        return Schedule.preset(choice)
+    return schedule_from(choice, num_layers=num_layers, num_tokens=length)
+
+
+def is_uploaded_copy() -> bool:
+    """Whether this process runs in a copy of the working directory that `ray job submit` made."""
+    return any(part.startswith("_ray_pkg_") for part in Path.cwd().parts)
+
+
+def output_folder(sweep: Sweep, chosen: str | None) -> Path:
+    """Where results go, an absolute path that outlives a job: `chosen` (--out), else the `output` key.
+
+    In a copy of the working directory, which Ray makes for a job and deletes after it, a relative path is
+    meant from the home folder. Creates the folder. Raises ConfigError if it cannot be written.
+    """
+    path = Path(chosen or sweep.output).expanduser()
+    if not path.is_absolute():
+        path = (Path.home() if is_uploaded_copy() else Path.cwd()) / path
+    probe = path / f".writable-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output must be a folder that can be written, got {path} ({error.strerror}); "
+            "choose another with --out",
+            field="output",
+        ) from None
+    return path

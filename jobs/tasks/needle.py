@@ -1,0 +1,173 @@
+"""Needles in long real text: single, multi-key, multi-value and two-hop questions, at any length, without network.
+
+A needle is a line of its own among the lines of the haystack:
+
+    The code of falcon is amber.          a fact: one lookup finds it
+    The twin of heron is falcon.          a link: "the code of the twin of heron" takes two lookups, one after the other
+
+The kinds are those of RULER (arXiv 2404.06654: niah_single, niah_multikey, niah_multivalue, variable tracking), in our
+own words. Keys and values are common nouns, so that no tokenizer is at a loss.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from jobs.tasks.base import CountTokens, Sample
+from jobs.tasks.haystack import haystack, haystack_hash
+from spts.errors import ConfigError
+
+NUM_VALUES = 3
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """The nouns that serve as keys and values, sorted."""
+    return tuple(resources.files("jobs.tasks").joinpath("words.txt").read_text(encoding="ascii").split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needle:
+    """The lines to hide, in order of their dependence, and the question about them with its answers."""
+
+    lines: tuple[str, ...]
+    question: str
+    answers: tuple[str, ...]
+
+
+def fact(nouns: list[str], num_values: int = 1) -> Needle:
+    """A key with one or several values; takes its nouns off the end of `nouns`."""
+    key, answers = nouns.pop(), tuple(nouns.pop() for _ in range(num_values))
+    asked = "What is the code" if num_values == 1 else f"What are the {num_values} codes"
+    return Needle(
+        lines=tuple(f"The code of {key} is {answer}." for answer in answers),
+        question=f"{asked} of {key}?",
+        answers=answers,
+    )
+
+
+def chain(nouns: list[str]) -> Needle:
+    """A link to a key and that key's fact: the answer is two lookups away."""
+    alias, key, answer = nouns.pop(), nouns.pop(), nouns.pop()
+    return Needle(
+        lines=(f"The twin of {alias} is {key}.", f"The code of {key} is {answer}."),
+        question=f"What is the code of the twin of {alias}?",
+        answers=(answer,),
+    )
+
+
+def ask(question: str) -> str:
+    """How a question follows its document; the answer comes next."""
+    return f"\n\nQuestion: {question}\nAnswer:"
+
+
+def hide(rng: random.Random, document: Sequence[str], needles: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Puts each needle at a random place of its own between the document's lines.
+
+    Returns the lines, and for each needle the index that its line has among them.
+    """
+    gaps = [rng.randint(0, len(document)) for _ in needles]
+    order = sorted(range(len(needles)), key=lambda i: (gaps[i], i))
+    lines: list[str] = []
+    places = [0] * len(needles)
+    start = 0
+    for i in order:
+        lines.extend(document[start : gaps[i]])
+        start = gaps[i]
+        places[i] = len(lines)
+        lines.append(needles[i])
+    lines.extend(document[start:])
+    return lines, places
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleTask:
+    """One kind of needle question.
+
+    Attributes:
+        name: the task's name in a sweep.
+        num_values: values of the key that is asked for; all must be named.
+        two_hop: the question goes through a link.
+        num_distractors: needles of the same kind about other keys.
+    """
+
+    name: str
+    num_values: int = 1
+    two_hop: bool = False
+    num_distractors: int = 0
+    version: int = 1
+
+    @property
+    def max_new_tokens(self) -> int:
+        return 8 * self.num_values
+
+    def _needles(self, rng: random.Random) -> list[Needle]:
+        nouns = rng.sample(words(), k=4 * (1 + self.num_distractors))
+        if self.two_hop:
+            return [chain(nouns) for _ in range(1 + self.num_distractors)]
+        return [fact(nouns, self.num_values) for _ in range(1 + self.num_distractors)]
+
+    def _sample(
+        self, count_tokens: CountTokens, text: Sequence[str], length: int, seed: int, index: int
+    ) -> Sample:
+        rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{index}")
+        needles = self._needles(rng)
+        asked = needles[0]
+        hidden = [line for needle in needles for line in needle.lines]
+        room = length - count_tokens("\n".join(hidden) + ask(asked.question)) - 1
+        start = rng.randrange(len(text))
+        document: list[str] = []
+        while room > 0:
+            line = text[(start + len(document)) % len(text)]
+            room -= count_tokens(line + "\n")
+            document.append(line)
+        # Tokens of joined lines can differ from the sum over lines, so the last word is the whole prompt's count.
+        while True:
+            placed = random.Random(f"{self.name}/{length}/{seed}/{index}/places")
+            lines, places = hide(placed, document, hidden)
+            prompt = "\n".join(lines) + ask(asked.question)
+            if (excess := count_tokens(prompt) - length) <= 0:
+                break
+            if not document:
+                raise ConfigError(
+                    f"length must leave room for the needles of task {self.name!r}, got {length} tokens; "
+                    f"use at least {length + excess}",
+                    field="length",
+                )
+            del document[-max(1, excess // 20) :]
+        return Sample(
+            id=f"{self.name}-{length}-{seed}-{index}",
+            prompt=prompt,
+            references=asked.answers,
+            meta={
+                "depth": round(places[len(asked.lines) - 1] / len(lines), 4),
+                "haystack": haystack_hash("held_out"),
+            },
+        )
+
+    def samples(self, count_tokens: CountTokens, *, length: int, count: int, seed: int) -> list[Sample]:
+        """`count` samples of at most `length` tokens over held-out text; sample i is the same whatever `count` is.
+
+        Raises:
+            ConfigError: `length` leaves no room for the needles and the question.
+        """
+        text = haystack("held_out")
+        return [self._sample(count_tokens, text, length, seed, index) for index in range(count)]
+
+    def score(self, text: str, references: tuple[str, ...]) -> float:
+        """Share of the references that the answer names as whole words, whatever their case."""
+        said = set(re.findall(r"[a-z]+", text.lower()))
+        return sum(reference.lower() in said for reference in references) / len(references)
+
+
+NEEDLE_TASKS = (
+    NeedleTask(name="single"),
+    NeedleTask(name="multikey", num_distractors=11),
+    NeedleTask(name="multivalue", num_values=NUM_VALUES, num_distractors=2),
+    NeedleTask(name="twohop", two_hop=True, num_distractors=5),
+)

@@ -1,0 +1,232 @@
+"""A comparison of methods at one prompt length: what each should cost, timed runs in turns, rows of a table.
+
+Knows neither torch nor Ray: who is timed is a `Contestant`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Protocol
+
+from jobs.options import read_schedule
+from spts.cost import LayerWork, ModelShape, ProxyShape, kv_bytes, planned_work, prefill_flops
+from spts.errors import ConfigError
+from spts.methods import Dense, Method, Random, Recency, Spts
+from spts.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """One run of a prompt.
+
+    ttft_s: prompt to its next token. tpot_s: mean per token decoded after that, None without one. kv_bytes:
+    of the prompt, in use. answer: what it predicts, for comparison between contestants of one kind. work: by
+    layer, None where unknown.
+    """
+
+    ttft_s: float
+    tpot_s: float | None
+    kv_bytes: int
+    answer: Any
+    work: tuple[LayerWork, ...] | None
+
+
+class Contestant(Protocol):
+    """Something that can be timed. `follow`: the tokens to decode after the prompt, whatever it predicts."""
+
+    name: str
+
+    def run(self, prompt: Sequence[int], follow: Sequence[int]) -> Timed: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One prompt length: the methods to time there, dense first, and what each should cost."""
+
+    length: int
+    schedule: Schedule
+    methods: tuple[Method, ...]
+    flops: Mapping[str, int]
+    kv_bytes: Mapping[str, int]
+
+    def predictions(self) -> list[str]:
+        """A line for each method: FLOP, their ratio to dense, KV bytes."""
+        dense = self.flops["dense"]
+        return [
+            f"{name:<8} {flops:.3e} FLOP, {self.kv_bytes[name] / 2**20:.1f} MiB KV"
+            + (f"; {dense / flops:.2f}x fewer FLOP than dense" if name != "dense" else "")
+            for name, flops in self.flops.items()
+        ]
+
+    def full(self) -> Spts:
+        """SPTS with budgets that cover the prompt: it has to equal dense."""
+        stages = tuple(
+            replace(stage, active_tokens=self.length, keep_tokens=None) for stage in self.schedule.stages
+        )
+        return Spts(schedule=replace(self.schedule, stages=stages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one method at one length; ratios are medians over rounds of interleaved runs."""
+
+    method: str
+    length_tokens: int
+    repeats: int
+    ttft_median_s: float
+    ttft_min_s: float
+    ttft_max_s: float
+    tpot_median_s: float | None
+    kv_bytes: int
+    predicted_kv_bytes: int
+    predicted_flop: int
+    predicted_speedup_ratio: float
+    speedup_vs_dense_ratio: float
+    speedup_vs_transformers_ratio: float | None
+
+
+def plan(
+    shape: ModelShape,
+    length: int,
+    *,
+    names: Sequence[str],
+    schedule: str,
+    proxy: ProxyShape | None,
+    dtype_bytes: int,
+) -> Case:
+    """The methods at one length and their cost. Raises ConfigError for an unknown method or schedule."""
+    wanted = read_schedule(schedule, num_layers=shape.num_layers, num_tokens=length)
+    makers: dict[str, Callable[[], Method]] = {
+        "spts": lambda: Spts(schedule=wanted),
+        "random": lambda: Random(schedule=wanted),
+        "recency": lambda: Recency(schedule=wanted),
+    }
+    for name in names:
+        if name not in makers:
+            raise ConfigError(
+                f"methods must be of {', '.join(makers)}, got {name!r}; dense is always timed",
+                field="methods",
+            )
+    methods: list[Method] = [Dense(), *(makers[name]() for name in dict.fromkeys(names))]
+    work = {
+        each.name: planned_work(
+            each.schedule_for(shape.num_layers), length, probe=each.probes, proxy=each.needs_proxies
+        )
+        for each in methods
+    }
+    return Case(
+        length=length,
+        schedule=wanted,
+        methods=tuple(methods),
+        flops={name: prefill_flops(shape, done, proxy).total for name, done in work.items()},
+        kv_bytes={name: kv_bytes(shape, done, dtype_bytes) for name, done in work.items()},
+    )
+
+
+def measure(
+    case: Case,
+    contestants: Sequence[Contestant],
+    *,
+    prompt: Sequence[int],
+    follow: Sequence[int],
+    repeats: int,
+    progress: Callable[[], object],
+) -> list[Row]:
+    """Times every contestant on one prompt, in turns."""
+    runs = interleave(contestants, prompt, follow, repeats=repeats, progress=progress)
+
+    def ratio(baseline: str, name: str) -> float:
+        pairs = zip(runs[baseline], runs[name], strict=True)
+        return median(slow.ttft_s / fast.ttft_s for slow, fast in pairs)
+
+    return [_row(case, name, timed, ratio, "transformers" in runs) for name, timed in runs.items()]
+
+
+def _row(
+    case: Case, name: str, timed: Sequence[Timed], ratio: Callable[[str, str], float], has_rival: bool
+) -> Row:
+    own = name if name in case.flops else "dense"  # transformers computes what dense does
+    ttfts = [run.ttft_s for run in timed]
+    tpots = [run.tpot_s for run in timed if run.tpot_s is not None]
+    return Row(
+        method=name,
+        length_tokens=case.length,
+        repeats=len(timed),
+        ttft_median_s=median(ttfts),
+        ttft_min_s=min(ttfts),
+        ttft_max_s=max(ttfts),
+        tpot_median_s=median(tpots) if tpots else None,
+        kv_bytes=timed[0].kv_bytes,
+        predicted_kv_bytes=case.kv_bytes[own],
+        predicted_flop=case.flops[own],
+        predicted_speedup_ratio=case.flops["dense"] / case.flops[own],
+        speedup_vs_dense_ratio=ratio("dense", name),
+        speedup_vs_transformers_ratio=ratio("transformers", name) if has_rival else None,
+    )
+
+
+def work_faults(case: Case, timed: Mapping[str, Timed], shape: ModelShape) -> list[str]:
+    """Faults of a run: work or KV bytes that differ from what was predicted. Empty = none."""
+    faults = []
+    for method in case.methods:
+        run = timed[method.name]
+        expected = planned_work(
+            method.schedule_for(shape.num_layers),
+            case.length,
+            probe=method.probes,
+            proxy=method.needs_proxies,
+        )
+        if list(run.work or ()) != expected:
+            faults.append(f"{method.name} did other work than its schedule says")
+        if run.kv_bytes != case.kv_bytes[method.name]:
+            faults.append(
+                f"{method.name} keeps {run.kv_bytes} KV bytes, predicted {case.kv_bytes[method.name]}"
+            )
+    return faults
+
+
+def interleave(
+    contestants: Sequence[Contestant],
+    prompt: Sequence[int],
+    follow: Sequence[int],
+    *,
+    repeats: int,
+    progress: Callable[[], object],
+) -> dict[str, list[Timed]]:
+    """Every contestant `repeats` times, in turns, each round starting with another: drift hits all alike."""
+    runs: dict[str, list[Timed]] = {each.name: [] for each in contestants}
+    for round_ in range(repeats):
+        first = round_ % len(contestants)
+        for each in (*contestants[first:], *contestants[:first]):
+            runs[each.name].append(each.run(prompt, follow))
+            progress()
+    return runs
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows, aligned; a speed-up is over dense, `of ideal` the share of the FLOP ratio it reaches."""
+    header = ["tokens", "method", "TTFT s", "min - max", "speed-up", "of ideal"]
+    header += ["vs transformers", "TPOT ms", "KV MiB", "predicted"]
+    lines = [header]
+    for row in rows:
+        rival, tpot = row.speedup_vs_transformers_ratio, row.tpot_median_s
+        lines.append(
+            [
+                str(row.length_tokens),
+                row.method,
+                f"{row.ttft_median_s:.3f}",
+                f"{row.ttft_min_s:.3f} - {row.ttft_max_s:.3f}",
+                f"{row.speedup_vs_dense_ratio:.2f}x",
+                f"{row.speedup_vs_dense_ratio / row.predicted_speedup_ratio:.0%}",
+                "" if rival is None else f"{rival:.2f}x",
+                "" if tpot is None else f"{tpot * 1e3:.2f}",
+                f"{row.kv_bytes / 2**20:.1f}",
+                f"{row.predicted_kv_bytes / 2**20:.1f}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )

@@ -1,0 +1,118 @@
+"""From cells to work: prompts made and tokenised, each answer that is wanted under its own key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jobs.cells import Cell, ModelPlan
+from jobs.record import CellRecord, PlannedSample, sample_key
+from jobs.tasks import Sample, get_task
+from spts.cost import planned_work, prefill_flops
+from spts.errors import ConfigError
+from spts.methods import Method
+
+_QUESTION_CHARS = 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One answer to get: a prompt ready to send, and what it belongs to. flops: predicted, of the prefill."""
+
+    planned: PlannedSample
+    cell: CellRecord
+    method: Method
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    flops: float
+
+
+class Tokenizer:
+    """A model folder's own tokenizer, without any code of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+        self._tokenizer.model_max_length = int(
+            1e12
+        )  # we check lengths ourselves, with an error, not a warning
+        self.count = lru_cache(maxsize=200_000)(self._count)
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of a prompt, with the special tokens that the tokenizer puts around a text."""
+        return tuple(self._tokenizer.encode(prompt))
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of an answer, without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def prepare(plan: ModelPlan, tokenizer: Tokenizer) -> list[Work]:
+    """Every answer that a model's cells want, longest first, the same sample's methods side by side.
+
+    Raises ConfigError when a length has no room for a task, or a prompt with its answer exceeds the context.
+    """
+    samples: dict[tuple[str, int, int, int], list[tuple[Sample, tuple[int, ...]]]] = {}
+    work: list[tuple[int, Work]] = []
+    for cell in plan.cells:
+        content = cell.record.content
+        key = (cell.record.task, cell.record.length, int(content["seed"]), cell.count)
+        if key not in samples:
+            samples[key] = _samples(*key, tokenizer)
+        for index, (sample, token_ids) in enumerate(samples[key]):
+            work.append((index, _work(plan, cell, sample, token_ids)))
+    work.sort(key=lambda one: (-one[1].cell.length, one[0]))
+    return [one for _, one in work]
+
+
+def _samples(
+    task: str, length: int, seed: int, count: int, tokenizer: Tokenizer
+) -> list[tuple[Sample, tuple[int, ...]]]:
+    made = get_task(task).samples(tokenizer.count, length=length, count=count, seed=seed)
+    return [(sample, tokenizer.encode(sample.prompt)) for sample in made]
+
+
+def _work(plan: ModelPlan, cell: Cell, sample: Sample, token_ids: tuple[int, ...]) -> Work:
+    max_new_tokens = int(cell.record.content["max_new_tokens"])
+    if len(token_ids) + max_new_tokens > plan.max_context:
+        raise ConfigError(
+            f"lengths must leave room for the answer in the model's context of {plan.max_context} tokens, "
+            f"got {len(token_ids)} + {max_new_tokens} in sample {sample.id!r}; use shorter lengths",
+            field="lengths",
+        )
+    sha256 = hashlib.sha256(sample.prompt.encode()).hexdigest()
+    planned = PlannedSample(
+        key=sample_key(cell.record.id, sample.id, sha256),
+        cell=cell.record.id,
+        sample=sample.id,
+        prompt_tokens=len(token_ids),
+        prompt_sha256=sha256,
+        question=sample.prompt[-_QUESTION_CHARS:],
+        references=tuple(sample.references),
+        meta=dict(sample.meta),
+    )
+    method = cell.method
+    layers = planned_work(
+        method.schedule_for(plan.shape.num_layers),
+        len(token_ids),
+        probe=method.probes,
+        proxy=method.needs_proxies,
+    )
+    return Work(
+        planned=planned,
+        cell=cell.record,
+        method=method,
+        token_ids=token_ids,
+        max_new_tokens=max_new_tokens,
+        flops=float(prefill_flops(plan.shape, layers, plan.proxy).total),
+    )

@@ -1,0 +1,260 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import arena, latency
+from jobs.contestants import OnEngine, Own, Transformers, disagreement, random_model, random_proxies
+from jobs.timing import Timed, measure, plan, table, work_faults
+from spts.cost import ModelShape, ProxyShape
+from spts.errors import ConfigError
+from spts.methods import Dense, Spts
+from spts.model import SptsModel
+from tests.cluster.tiny import write_model
+from tests.without import run_without
+
+TINY = ModelShape(
+    num_layers=8,
+    hidden_size=32,
+    intermediate_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=101,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    monkeypatch.setattr(arena, "SHAPES", {**arena.SHAPES, "tiny": TINY})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def run_local(*more: str) -> int:
+    return latency.main(["--local", "--repeats", "2", "--tokens-out", "3", *more])
+
+
+def last_line(text: str) -> dict:
+    return json.loads(text.rstrip().splitlines()[-1])
+
+
+def test_random_shape_against_transformers(capsys):
+    assert run_local("--shape", "tiny", "--lengths", "63", "200", "--methods", "spts", "random") == 0
+    printed = capsys.readouterr().out
+    rows = last_line(printed)["rows"]
+    assert [(row["method"], row["length_tokens"]) for row in rows] == [
+        (method, length) for length in (63, 200) for method in ("dense", "spts", "random", "transformers")
+    ]
+    for row in rows:
+        assert row["ttft_min_s"] <= row["ttft_median_s"] <= row["ttft_max_s"]
+        assert row["kv_bytes"] == row["predicted_kv_bytes"]
+        assert row["repeats"] == 2
+        assert row["tpot_median_s"] > 0
+    dense, spts, _, rival = rows[4:]
+    assert dense["speedup_vs_dense_ratio"] == 1.0
+    assert rival["speedup_vs_transformers_ratio"] == 1.0
+    assert spts["predicted_flop"] < dense["predicted_flop"]
+    assert spts["kv_bytes"] < dense["kv_bytes"]
+    assert printed.index("model ") < printed.index("predicted ") < printed.index("TTFT s")
+
+
+def test_model_folder_uses_its_fitted_proxies(folder, capsys):
+    assert run_local("--model", str(folder), "--lengths", "100") == 0
+    about = last_line(capsys.readouterr().out)
+    assert about["proxies"] == "fitted, 48 channels, rank 16"
+
+
+def test_one_token_out_has_no_time_per_token(capsys):
+    assert run_local("--shape", "tiny", "--lengths", "10", "--tokens-out", "1") == 0
+    assert last_line(capsys.readouterr().out)["rows"][0]["tpot_median_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--shape", "no-such"], "shape must be one of"),
+        (["--shape", "tiny", "--model", "x"], "model must be left out with --shape"),
+        (["--shape", "tiny", "--methods", "dense"], "methods must be of spts, random, recency"),
+        (["--shape", "tiny", "--schedule", "no-such"], "schedule must be one of"),
+        (["--shape", "tiny", "--repeats", "0"], "repeats must be an integer of at least 1"),
+        (["--shape", "tiny", "--lengths", "0"], "lengths must be an integer of at least 1"),
+        (["--shape", "tiny", "--device", "nowhere"], "device must be there"),
+        (["--shape", "tiny", "--attention", "no-such"], "attention must be a backend that works here"),
+        (["--shape", "tiny", "--tensor-parallel-size", "2"], "tensor_parallel_size must be 1 with --local"),
+        (["--model", "/no/such/model"], "model must be a folder or a hub id"),
+    ],
+)
+def test_bad_input_is_refused(args, message, capsys):
+    assert run_local(*args) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "TTFT" not in printed.out
+
+
+def test_lengths_over_the_context_are_refused_before_anything_runs(folder, capsys):
+    assert run_local("--model", str(folder), "--lengths", "100", "512") == 2
+    assert "lengths must leave room for 3 tokens in the context of 512" in capsys.readouterr().err
+
+
+def test_sizes_of_random_proxies_are_refused_for_fitted_ones(folder, capsys):
+    assert run_local("--model", str(folder), "--lengths", "100", "--rank", "8") == 2
+    assert "channels and rank must be left out" in capsys.readouterr().err
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch, capsys):
+    class Wrong(Transformers):
+        def run(self, prompt, follow):
+            timed = super().run(prompt, follow)
+            return Timed(**{**vars(timed), "answer": (timed.answer[0], timed.answer[1] * 1.5)})
+
+    monkeypatch.setattr("jobs.contestants.Transformers", Wrong)
+    assert run_local("--shape", "tiny", "--lengths", "50") == 1
+    printed = capsys.readouterr()
+    assert "transformers does not equal dense: logits after decode differ by" in printed.err
+    assert "TTFT" not in printed.out
+
+
+def model_of(shape: ModelShape, max_tokens: int) -> tuple[SptsModel, object]:
+    hf_model = random_model(shape, max_tokens=max_tokens, dtype="float32", device="cpu")
+    size = ProxyShape.default(shape)
+    proxies = random_proxies(shape, size, first_layer=0, fingerprint="random")
+    return SptsModel(hf_model, fingerprint="random", proxies=proxies), hf_model
+
+
+def case_at(length: int):
+    return plan(
+        TINY,
+        length,
+        names=["spts"],
+        schedule="llama-3.1-8b",
+        proxy=ProxyShape.default(TINY),
+        dtype_bytes=4,
+    )
+
+
+def test_own_and_transformers_answer_alike():
+    model, hf_model = model_of(TINY, 80)
+    prompt, follow = torch.randint(101, (60,)).tolist(), [5, 6, 7]
+    own, rival = Own(model, Dense()).run(prompt, follow), Transformers(hf_model).run(prompt, follow)
+    assert disagreement(own.answer, rival.answer, 1e-4) is None
+    assert own.kv_bytes == rival.kv_bytes == 60 * 8 * 2 * 2 * 8 * 4
+    chosen = Own(model, case_at(60).methods[1]).run(prompt, follow)
+    assert disagreement(chosen.answer, rival.answer, 1e-4) is not None
+    assert disagreement(Own(model, case_at(60).full()).run(prompt, follow).answer, own.answer, 0.0) is None
+
+
+def test_disagreement_sees_nan_and_tokens():
+    good = (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    assert disagreement(good, good, 0.0) is None
+    assert disagreement((good[0], torch.tensor([1.0, float("nan")])), good, 1.0) is not None
+    assert disagreement((1, 2), (1, 2), 0.0) is None
+    assert disagreement((1, 2), (1, 3), 0.0) == "chose (1, 2), not (1, 3)"
+
+
+def test_work_that_was_not_planned_is_a_fault():
+    model, _ = model_of(TINY, 80)
+    case = case_at(60)
+    warm = {method.name: Own(model, method).run(list(range(60)), []) for method in case.methods}
+    assert work_faults(case, warm, TINY) == []
+    swapped = {"dense": warm["spts"], "spts": warm["dense"]}
+    assert len(work_faults(case, swapped, TINY)) == 4
+
+
+class Fixed:
+    """Takes the times it is told."""
+
+    def __init__(self, name: str, times: list[float], order: list[str]) -> None:
+        self.name = name
+        self._times = iter(times)
+        self._order = order
+
+    def run(self, prompt, follow) -> Timed:
+        self._order.append(self.name)
+        return Timed(ttft_s=next(self._times), tpot_s=None, kv_bytes=8, answer=(), work=None)
+
+
+def test_runs_take_turns_and_ratios_are_medians_within_a_round():
+    order: list[str] = []
+    contestants = [
+        Fixed("dense", [10.0, 20.0, 40.0], order),
+        Fixed("spts", [5.0, 5.0, 10.0], order),
+        Fixed("transformers", [12.0, 20.0, 48.0], order),
+    ]
+    rows = measure(
+        case_at(60), contestants, prompt=[], follow=[], repeats=3, progress=lambda: order.append("|")
+    )
+    assert "".join(name[0] for name in order if name != "|") == "dst" + "std" + "tds"
+    _, spts, rival = rows
+    assert (spts.ttft_median_s, spts.ttft_min_s, spts.ttft_max_s) == (5.0, 5.0, 10.0)
+    assert spts.speedup_vs_dense_ratio == 4.0  # of 2, 4, 4
+    assert spts.speedup_vs_transformers_ratio == 4.0  # of 2.4, 4, 4.8
+    assert rival.speedup_vs_dense_ratio == pytest.approx(10 / 12)  # of 10/12, 1, 40/48
+    lines = table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_unknown_method_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"methods must be of .*, got 'lazy'"):
+        plan(TINY, 60, names=["lazy"], schedule="llama-3.1-8b", proxy=None, dtype_bytes=4)
+
+
+def test_local_needs_neither_ray_nor_deepspeed_nor_pydantic(folder):
+    missing = ("ray", "deepspeed", "pydantic", "fastapi", "openai", "scipy", "rich", "datasets")
+    args = ["--local", "--model", str(folder), "--lengths", "50", "--repeats", "1"]
+    done = run_without(missing, f"from jobs.latency import main; sys.exit(main({args!r}))")
+    assert done.returncode == 0, done.stderr
+    assert len(last_line(done.stdout)["rows"]) == 3
+
+
+def test_options_of_random_weights_need_local(capsys):
+    assert latency.main(["--shape", "tiny", "--lengths", "10"]) == 2
+    assert "shape must be left out without --local" in capsys.readouterr().err
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_on_a_real_engine(folder, capsys):
+    args = ["--model", str(folder), "--lengths", "100", "--repeats", "1", "--tokens-out", "3"]
+    assert latency.main(args) == 0
+    report = last_line(capsys.readouterr().out)
+    dense, chosen = report["rows"]
+    assert (dense["method"], chosen["method"]) == ("dense", "spts")
+    assert chosen["kv_bytes"] == chosen["predicted_kv_bytes"] < dense["kv_bytes"]
+    assert "1 rank" in report["engine"]
+
+
+def test_engine_contestant_reads_the_result(monkeypatch):
+    from cluster.protocol import Result
+
+    class Handle:
+        class run:  # stands for an actor's method
+            @staticmethod
+            def remote(request):
+                return Result(
+                    request_id=request.request_id,
+                    token_ids=(1, 2, 3),
+                    finish_reason="length",
+                    prompt_tokens=len(request.token_ids),
+                    queue_s=0.0,
+                    ttft_s=0.5,
+                    decode_s=0.2,
+                    total_s=0.7,
+                    work=(),
+                    kv_tokens=4,
+                    kv_bytes=64,
+                    flops=1.0,
+                    dense_flops=1.0,
+                    dense_kv_bytes=64,
+                )
+
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    timed = OnEngine(Handle, Spts(schedule=case_at(60).full().schedule)).run([1, 2], [3, 4])
+    assert (timed.ttft_s, timed.tpot_s, timed.kv_bytes) == (0.5, 0.1, 64)
+    assert timed.answer == (1, 2, 3)
