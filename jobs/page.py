@@ -37,6 +37,7 @@ def html(results: Results) -> str:
         warnings=wording.warnings(results),
         start=results.starts[-1] if results.starts else {},
         schedules=_schedules(results),
+        examples_per_task=EXAMPLES_PER_TASK,
         questions=len({one.question for model in results.models for one in model.scored}),
         comparisons=sum(len(model.labels) - 1 for model in results.models),
         styles=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
@@ -52,6 +53,7 @@ def _model_view(model: ModelSummary) -> dict[str, Any]:
         "main_plots": [
             ("Score against prompt length", plots.score_by_length(model)),
             ("Score against measured compute", plots.score_by_cost(model)),
+            ("Measured compute against prompt length", plots.cost_by_length(model)),
             ("Time to first token", plots.ttft_by_length(model)),
         ],
         "task_plots": [(task, plots.score_by_length(model, task)) for task in model.tasks],
@@ -67,16 +69,24 @@ def _cell_of(model: ModelSummary, task: str) -> Callable[[str, int], Line | None
 
 
 def _examples(model: ModelSummary, task: str) -> list[dict[str, Scored]]:
-    """Samples on which the methods differ most, longest prompts first, one answer per label."""
+    """Samples where spts and the baseline differ, then where any methods do, the longest prompts first."""
     by_question: dict[Any, dict[str, Scored]] = {}
     for one in model.scored:
         if one.cell.task == task:
             by_question.setdefault(one.question, {})[one.cell.label] = one
 
-    def spread(answers: dict[str, Scored]) -> float:
-        return max(a.score for a in answers.values()) - min(a.score for a in answers.values())
+    def interest(answers: dict[str, Scored]) -> tuple[float, ...]:
+        scores = {label: one.score for label, one in answers.items()}
+        base = scores.get(model.baseline or "")
+        lost = [
+            abs(s - base)
+            for label, s in scores.items()
+            if base is not None and model.methods[label] == "spts"
+        ]
+        length = next(iter(answers.values())).cell.length
+        return (-max(lost, default=0.0), min(scores.values()) - max(scores.values()), -length)
 
-    ranked = sorted(by_question.values(), key=lambda a: (-spread(a), -next(iter(a.values())).cell.length))
+    ranked = sorted(by_question.values(), key=interest)
     return ranked[:EXAMPLES_PER_TASK]
 
 

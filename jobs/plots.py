@@ -112,6 +112,23 @@ def score_by_cost(model: ModelSummary) -> str:
         return _svg(figure)
 
 
+def cost_by_length(model: ModelSummary) -> str:
+    """Measured share of dense FLOP against prompt length, a line per method."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _figure()
+        for label in model.labels:
+            lines = [line for line in _along(model, label, None) if line.flop_share is not None]
+            colour, marker = colours(model)[label]
+            shares = [100 * (line.flop_share or 0) for line in lines]
+            axes.plot([line.length for line in lines], shares, color=colour, marker=marker, markersize=5,
+                      linewidth=1.8, label=label)  # fmt: skip
+        _length_axis(axes, model.lengths)
+        axes.set_ylim(0, 108)
+        axes.set_ylabel("prefill FLOP, % of dense")
+        _legend(figure, axes)
+        return _svg(figure)
+
+
 def ttft_by_length(model: ModelSummary) -> str | None:
     """Median time to the first token against prompt length; None where no sample has a time."""
     with matplotlib.rc_context(_RC):
@@ -128,10 +145,10 @@ def ttft_by_length(model: ModelSummary) -> str | None:
             return None
         _length_axis(axes, model.lengths)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} s")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         axes.tick_params(axis="y", which="minor", labelsize=7)
-        axes.set_ylabel("time to first token, median")
+        axes.set_ylabel("time to first token, s (median)")
         _legend(figure, axes)
         return _svg(figure)
 
@@ -144,14 +161,13 @@ def depth_map(model: ModelSummary, label: str) -> str | None:
     grid = [[cells.get((length, row), float("nan")) for length in model.lengths] for row in range(DEPTH_BINS)]
     with matplotlib.rc_context({**_RC, "axes.grid": False}):
         figure, axes = _figure(width=3.1, height=2.5)
-        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
                 if value == value:
-                    dark = value < 0.2 or value > 0.8
                     axes.text(
                         column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
-                        color="white" if dark else _INK,
+                        color="white" if value > 0.55 else _INK,
                     )  # fmt: skip
         axes.set_xticks(range(len(model.lengths)), [short_length(length) for length in model.lengths])
         step = 100 // DEPTH_BINS
@@ -225,6 +241,7 @@ def _score_axis(axes: Any) -> None:
 def _legend(figure: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
+        handles = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]  # no whiskers
         figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.6,
                       columnspacing=1.2, fontsize=8.5)  # fmt: skip
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from jobs.stats import Estimate
 from jobs.summary import ModelSummary, Results
 
+_PER_CENT = "\N{NO-BREAK SPACE}%"  # a number never stands on one line and its sign on the next
+
 
 def percent(value: float | None) -> str:
     """0.9349 -> "93.5"; nothing -> an en dash."""
@@ -13,7 +15,7 @@ def percent(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     """0.441 -> "44 %"."""
-    return "–" if value is None else f"{100 * value:.0f} %"
+    return "–" if value is None else f"{100 * value:.0f}{_PER_CENT}"
 
 
 def points(value: float) -> str:
@@ -54,14 +56,14 @@ def headline(model: ModelSummary) -> str:
         return ""
     first, *rest = sorted(others, key=lambda line: line.method != "spts")
     base = model.overall.get(model.baseline) if model.baseline else None
-    text = f"{first.label} scores {percent(first.score.value)} %"
-    text += f" where {base.label} scores {percent(base.score.value)} %" if base else ""
+    text = f"{first.label} scores {percent(first.score.value)}{_PER_CENT}"
+    text += f" where {base.label} scores {percent(base.score.value)}{_PER_CENT}" if base else ""
     text += f", with {share(first.flop_share)} of the dense prefill FLOP"
     text += f" and {share(first.kv_share)} of the KV cache"
     text += f"; its first token comes {times(first.speedup)} as fast." if first.speedup else "."
     if rest:
         parts = [
-            f"{line.label} scores {percent(line.score.value)} % with {share(line.flop_share)}"
+            f"{line.label} scores {percent(line.score.value)}{_PER_CENT} with {share(line.flop_share)}"
             for line in rest
         ]
         text += f" For comparison, {'; '.join(parts)} of the FLOP."
@@ -77,9 +79,8 @@ def warnings(results: Results) -> list[str]:
             "Run the same command again to add the rest."
         )
     if results.failed:
-        found.append(
-            f"{len(results.failed)} samples failed; each counts as a score of 0. They are listed below."
-        )
+        number = len(results.failed)
+        found.append(f"{number} sample{'s' if number > 1 else ''} failed and counted as a score of 0.")
     used = {one.row.run for model in results.models for one in model.scored}
     starts = [start for start in results.starts if start.get("run") in used]
     for key, what in (("code", "code"), ("versions", "package versions"), ("hardware", "hardware")):
