@@ -30,6 +30,7 @@ demo: $(INSTALLED) ## dense, spts, random and recency on the bundled model, as a
 		$(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 serve: $(INSTALLED) ## The OpenAI-compatible endpoint of ray_config.yaml, until Ctrl-C
+	"$(BIN)/python" -m cluster.config ray_config.yaml
 	"$(BIN)/python" -m cluster.local -- serve run ray_config.yaml $(ARGS)
 
 test: $(INSTALLED) ## All tests; make test ARGS="-m 'not slow' tests/spts" runs fewer

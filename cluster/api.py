@@ -144,7 +144,7 @@ class CompletionBody(GenerationBody):
         """The prompts of a batch; one for a single prompt."""
         prompt = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            return list(prompt)  # type: ignore[arg-type]  # its members are alike, so they are prompts
+            return list(prompt)
         return [prompt]  # type: ignore[list-item]  # and what is left is text or token ids
 
 

@@ -22,8 +22,9 @@ from cluster.protocol import Chunk, EngineError, EngineInfo, Request
 from cluster.router import Router
 
 ROUTER = "Router"
-# Requests that a router replica may hold open; the engines' own queues are what is bounded.
-ROUTER_ONGOING = 10_000
+# Requests that a replica may hold open. More than can come: the engine's own queue is what is bounded, and
+# refuses with the right status, where Serve's would make requests wait in silence.
+MAX_ONGOING = 10_000
 
 
 class EngineDeployment(Engine):
@@ -94,8 +95,7 @@ def _engine_deployment(name: str, config: EngineConfig) -> serve.Deployment:
             world_size=config.tensor_parallel_size, device=config.device, num_threads=config.num_threads
         ),
         placement_group_strategy=placement.strategy(device=config.device),
-        # The engine's own queue refuses, with the right status; Serve's would make requests wait in silence.
-        max_ongoing_requests=2 * (config.max_running + config.max_waiting) + 16,
+        max_ongoing_requests=MAX_ONGOING,
         max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=30,
     )
@@ -114,5 +114,5 @@ def _router_deployment(config: AppConfig) -> serve.Deployment:
         serve.ingress(asgi_app)(),
         name=ROUTER,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=ROUTER_ONGOING,
+        max_ongoing_requests=MAX_ONGOING,
     )

@@ -12,19 +12,16 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.admission import check_request
 from cluster.config import EngineConfig
+from cluster.flight import Flight
 from cluster.group import Group, RayGroup, placement_name
 from cluster.protocol import (
     Chunk,
     EngineError,
     EngineInfo,
-    FinishReason,
-    NewToken,
-    Prefilled,
     Request,
     Result,
     Step,
@@ -33,26 +30,11 @@ from cluster.protocol import (
 from cluster.scheduler import Scheduler
 from spts.errors import SptsError
 from spts.methods import Dense
-from spts.sampling import Sampling, TokenLogprobs
+from spts.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "failed", "stopped"]
-
-
-@dataclass
-class _Flight:
-    """One request from arrival to its last token. Times are `time.perf_counter()` seconds."""
-
-    request: Request
-    arrived: float
-    out: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)
-    timer: asyncio.TimerHandle | None = None
-    started: float = 0.0
-    first: float = 0.0
-    prefilled: Prefilled | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Engine:
@@ -68,7 +50,8 @@ class Engine:
         self._state: State = "starting"
         self._info: EngineInfo | None = None
         self._scheduler: Scheduler | None = None
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
+        self._stepping: dict[str, Flight] = {}
         self._release: list[str] = []
         self._lost = False
         self._wake = asyncio.Event()
@@ -116,8 +99,8 @@ class Engine:
         try:
             while True:
                 item = await flight.out.get()
-                if isinstance(item, EngineError):
-                    raise item
+                if isinstance(item, EngineError):  # one fault may end many streams: each raises its own
+                    raise EngineError(item.kind, item.message, item.param)
                 yield item
                 if item.result is not None:
                     return
@@ -151,7 +134,7 @@ class Engine:
 
     # -- admission -------------------------------------------------------------------------------------------
 
-    def _admit(self, request: Request) -> _Flight:
+    def _admit(self, request: Request) -> Flight:
         if self._state != "ready" or self._info is None or self._scheduler is None:
             raise EngineError("unavailable", f"the engine must be ready, got {self._state}; retry later")
         check_request(request, self._info)
@@ -163,7 +146,7 @@ class Engine:
                 "request_id",
             )
         self._scheduler.admit(request.request_id)
-        flight = _Flight(request=request, arrived=time.perf_counter())
+        flight = Flight(request=request, arrived=time.perf_counter())
         self._flights[request.request_id] = flight
         if request.deadline_s is not None:
             late = EngineError(
@@ -175,7 +158,7 @@ class Engine:
         self._wake.set()
         return flight
 
-    def _drop(self, request_id: str) -> _Flight | None:
+    def _drop(self, request_id: str) -> Flight | None:
         """Forget a request and free its cache, wherever it is."""
         flight = self._flights.pop(request_id, None)
         if flight is not None:
@@ -236,48 +219,30 @@ class Engine:
             flight = self._flights[plan.start]
             flight.started = time.perf_counter()
             start = flight.request
+        ids = plan.decode if plan.advance is None else (*plan.decode, plan.advance[0])
+        self._stepping = {request_id: self._flights[request_id] for request_id in ids}
         decode = tuple((request_id, self._flights[request_id].token_ids[-1]) for request_id in plan.decode)
         return Step(release=release, start=start, advance=plan.advance, decode=decode)
 
     def _postprocess(self, output: StepOutput) -> None:
+        assert self._info is not None
         for request_id, error in output.refused:
-            self._fail(request_id, error)
-        if output.prefilled is not None and output.prefilled.request_id in self._flights:
+            if self._in_step(request_id):
+                self._fail(request_id, error)
+        if output.prefilled is not None and self._in_step(output.prefilled.request_id):
             self._flights[output.prefilled.request_id].prefilled = output.prefilled
         now = time.perf_counter()
         for token in output.tokens:
-            flight = self._flights.get(token.request_id)
-            if flight is not None:  # else it was aborted while the step ran
-                self._emit(flight, token, now)
+            if self._in_step(token.request_id):
+                chunk = self._flights[token.request_id].accept(token, self._info.eos_token_ids, now)
+                if chunk.result is not None:
+                    self._drop(token.request_id)
 
-    def _emit(self, flight: _Flight, token: NewToken, now: float) -> None:
-        """Hand one token to its stream, and end the request when it is the last."""
-        request = flight.request
-        if not flight.token_ids:
-            flight.first = now
-        flight.token_ids.append(token.token_id)
-        if token.logprobs is not None:
-            flight.logprobs.append(token.logprobs)
-        reason = self._finish_reason(flight)
-        flight.out.put_nowait(
-            Chunk(
-                request_id=request.request_id,
-                token_ids=(token.token_id,),
-                logprobs=None if token.logprobs is None else (token.logprobs,),
-                finish_reason=reason,
-                result=None if reason is None else _result(flight, reason, now),
-                prefilled=flight.prefilled if len(flight.token_ids) == 1 else None,
-            )
-        )
-        if reason is not None:
-            self._drop(request.request_id)
-
-    def _finish_reason(self, flight: _Flight) -> FinishReason | None:
-        assert self._info is not None
-        stop_ids = (*self._info.eos_token_ids, *flight.request.sampling.stop_token_ids)
-        if flight.token_ids[-1] in stop_ids:
-            return "stop"
-        return "length" if len(flight.token_ids) == flight.request.max_new_tokens else None
+    def _in_step(self, request_id: str) -> bool:
+        """Whether the request is still the one the step ran for: not aborted, nor its id used again,
+        meanwhile."""
+        flight = self._flights.get(request_id)
+        return flight is not None and flight is self._stepping.get(request_id)
 
     # -- start and restart -----------------------------------------------------------------------------------
 
@@ -325,28 +290,6 @@ class Engine:
                 self.num_restarts += 1
                 return
         raise EngineError("unavailable", f"the ranks did not start again: {reason.message}")
-
-
-def _result(flight: _Flight, reason: FinishReason, now: float) -> Result:
-    request, prefilled = flight.request, flight.prefilled
-    assert prefilled is not None, "a token before the end of the prefill"
-    return Result(
-        request_id=request.request_id,
-        token_ids=tuple(flight.token_ids),
-        finish_reason=reason,
-        prompt_tokens=len(request.token_ids),
-        queue_s=flight.started - flight.arrived,
-        ttft_s=flight.first - flight.arrived,
-        decode_s=now - flight.first,
-        total_s=now - flight.arrived,
-        work=prefilled.work,
-        kv_tokens=prefilled.kv_tokens,
-        kv_bytes=prefilled.kv_bytes,
-        flops=prefilled.flops,
-        dense_flops=prefilled.dense_flops,
-        dense_kv_bytes=prefilled.dense_kv_bytes,
-        logprobs=tuple(flight.logprobs) if request.sampling.logprobs is not None else None,
-    )
 
 
 def start_engine(config: EngineConfig, *, name: str | None = None) -> Any:

@@ -168,7 +168,7 @@ class RayGroup:
         finally:
             for call in calls:  # a rank that hangs must not hold its engine
                 call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
+            await asyncio.gather(everyone, *calls, return_exceptions=True)
 
 
 def placement_name(actor_id: str | None) -> str:

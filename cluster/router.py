@@ -3,6 +3,7 @@ here."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -85,14 +86,21 @@ class Router:
         """POST /v1/completions."""
         body = parse_body(await self._read(http), CompletionBody)
         self._check_model(body.model)
-        prompts = [self._tokenizer.encode(p) if isinstance(p, str) else tuple(p) for p in body.prompts]
+        # In a thread: a long text takes a while, and streams must not wait for it.
+        prompts = [
+            await asyncio.to_thread(self._tokenizer.encode, prompt)
+            if isinstance(prompt, str)
+            else tuple(prompt)
+            for prompt in body.prompts
+        ]
         return await self._answer(http, body, prompts, "completion")
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
         body = parse_body(await self._read(http), ChatBody)
         self._check_model(body.model)
-        return await self._answer(http, body, [self._tokenizer.encode_chat(body.turns)], "chat")
+        token_ids = await asyncio.to_thread(self._tokenizer.encode_chat, body.turns)
+        return await self._answer(http, body, [token_ids], "chat")
 
     # -- bodies and answers ----------------------------------------------------------------------------------
 

@@ -33,15 +33,20 @@ from jobs.tasks.haystack import haystack, haystack_hash
 from jobs.tasks.needle import NUM_VALUES, Needle, ask, chain, fact, hide, words
 
 END = "<|endoftext|>"
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+)
 VOCAB_SIZE = 6144
-CONTEXT = 16384
+CONTEXT = 8448
 FIRST_GLOBAL_LAYER = 4
 WINDOW = 32
 SUPERVISED_LAYERS = (6, 8)
 ROPE_THETA = 1e7
 LOOK_BACK = ((1, 2), (2, 4))  # tokens that the key/value heads of layers 0 and 1 look back, at initialisation
 LOOK_BACK_AMPLITUDE = 8.0
+LOOKUP_LAYERS = (4, 5)
+MATCH_GAIN = 2.2
+EMBEDDING_STD = 0.06
 IGNORED = -100
 
 
@@ -60,12 +65,15 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    bpe.train_from_iterator(
-        (text for part in (haystack("train"), needles, questions) for text in part), trainer
-    )
+    bpe.train_from_iterator((text for part in (haystack("train"), needles, questions) for text in part), trainer)
     split = [word for word in words() if len(bpe.encode(f" {word}").ids) != 1]
     if split:
         raise RuntimeError(f"nouns must be one token each, but these are split: {split[:10]}")
+    return as_transformers(bpe)
+
+
+def as_transformers(bpe: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer with its special token, context length and chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END,
@@ -79,9 +87,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 class Batches(torch.utils.data.IterableDataset):
     """An endless stream of (tokens [B, N+1], answers [B, N]) of one length each; answers are targets or IGNORED."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, *, tokens_per_batch: int, phase: Phase, seed: int
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, tokens_per_batch: int, phase: Phase, seed: int) -> None:
         self.phase, self.seed, self.tokens_per_batch = phase, seed, tokens_per_batch
         self.encode = tokenizer.backend_tokenizer.encode
         self.end = tokenizer.eos_token_id
@@ -157,10 +163,15 @@ class Batches(torch.utils.data.IterableDataset):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A part of the training: its share of the time, prompt lengths and how often each, and whether windows are on."""
+    """A part of the training: its share of the time, prompt lengths and how often each, and whether windows are on.
+
+    `enough`: smoothed accuracy of the answers' first tokens that ends the phase early. A third of a right answer is
+    what a question with three values can give, so about 0.86 is perfect.
+    """
 
     name: str
     share: float
+    enough: float = 1.0
     lengths: tuple[int, ...]
     weights: tuple[float, ...]
     windowed: bool
@@ -169,20 +180,26 @@ class Phase:
 
 
 PHASES = (
-    Phase(name="form", share=0.25, lengths=(128, 256), weights=(1, 1), windowed=True, peak_lr=2e-3, final_lr=2e-3),
+    Phase(name="form", share=0.40, enough=0.8, lengths=(128, 256), weights=(1, 1), windowed=True, peak_lr=1e-3, final_lr=1e-3),
     Phase(
-        name="stretch", share=0.45, lengths=(256, 1024, 2048, 4096, 8192), weights=(1, 1, 1, 2, 2), windowed=True,
-        peak_lr=2e-3, final_lr=6e-4,
+        name="stretch", share=0.60, lengths=(256, 1024, 2048, 4096, 8192), weights=(1, 1, 1, 2, 2), windowed=True,
+        peak_lr=1e-3, final_lr=5e-4,
     ),
     Phase(
-        name="open", share=0.30, lengths=(256, 1024, 2048, 4096, 8192), weights=(1, 1, 1, 2, 3), windowed=False,
-        peak_lr=6e-4, final_lr=2e-5,
+        name="open", share=0.40, lengths=(256, 1024, 2048, 4096, 8192), weights=(1, 1, 1, 2, 3), windowed=False,
+        peak_lr=5e-4, final_lr=2e-5,
     ),
 )  # fmt: skip
 
 
 def new_model(seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2 with the heads of the first layers set to look one token back (docs/demo_model.md)."""
+    """A Qwen2 that starts out with a lookup circuit, which training then sharpens and stretches (docs/demo_model.md).
+
+    The residual stream has three parts at the start: what a token is (half of it), what stands two tokens before it (a
+    quarter, written by layer 0) and what stands four before it (a quarter, written by layer 1). A needle's value stands
+    two tokens after its key, a prompt's last token four after the key it asks for. So the heads of LOOKUP_LAYERS, which
+    match one against the other and copy what the token found is, answer one hop each.
+    """
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
@@ -199,21 +216,51 @@ def new_model(seed: int) -> Qwen2ForCausalLM:
         use_sliding_window=False,
     )
     model = Qwen2ForCausalLM(config)
-    head_dim = config.hidden_size // config.num_attention_heads
-    frequency = ROPE_THETA ** (-torch.arange(0, head_dim, 2) / head_dim)
-    amplitude = LOOK_BACK_AMPLITUDE * (frequency > 1 / 300)  # slower pairs say nothing about near offsets
+    layers = model.model.layers
+    D, d = config.hidden_size, config.hidden_size // config.num_attention_heads
+    token, two_back, four_back = slice(0, D // 2), slice(D // 2, D // 2 + d), slice(D // 2 + d, D)
+    identity = nn.init.orthogonal_(torch.empty(d, D // 2))  # what of a token's identity is copied and compared
+    frequency = ROPE_THETA ** (-torch.arange(0, d, 2) / d)
+    near = LOOK_BACK_AMPLITUDE * (frequency > 1 / 300)  # slower pairs say nothing about near offsets
+    far = (frequency * CONTEXT < 1).nonzero().flatten()  # pairs that hardly turn within the context
+    compared = torch.cat([far, far + d // 2])
+    matching = nn.init.orthogonal_(torch.empty(len(compared), d)) * MATCH_GAIN
+
     with torch.no_grad():
-        for layer, offsets in enumerate(LOOK_BACK):
-            attention = model.model.layers[layer].self_attn
+        embedding = model.model.embed_tokens.weight
+        embedding[:, token].normal_(std=EMBEDDING_STD)
+        embedding[:, D // 2 :].normal_(std=EMBEDDING_STD / 10)
+        for layer in layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        for layer, offsets in zip(layers, LOOK_BACK, strict=False):
             for kv, back in enumerate(offsets):
-                # Over offset m - n the score is sum_i a_i^2 cos((m - n - back) f_i) / sqrt(d): highest at `back`.
-                key = torch.cat([amplitude, torch.zeros(head_dim // 2)])
-                query = torch.cat(
-                    [amplitude * torch.cos(back * frequency), -amplitude * torch.sin(back * frequency)]
-                )
-                attention.k_proj.bias[kv * head_dim : (kv + 1) * head_dim] = key
-                for head in range(kv * 2, kv * 2 + 2):
-                    attention.q_proj.bias[head * head_dim : (head + 1) * head_dim] = query
+                # Over the offset m - n the score is sum_i a_i^2 cos((m - n - back) f_i) / sqrt(d), highest at `back`.
+                key = torch.cat([near, torch.zeros(d // 2)])
+                query = torch.cat([near * torch.cos(back * frequency), -near * torch.sin(back * frequency)])
+                layer.self_attn.k_proj.bias[kv * d : (kv + 1) * d] = key
+                layer.self_attn.q_proj.bias[2 * kv * d : 2 * (kv + 1) * d] = query.repeat(2)
+
+        def copy(index: int, head: int, to: slice | None, gain: float) -> None:
+            attention, kv = layers[index].self_attn, head // 2
+            attention.v_proj.weight[kv * d : (kv + 1) * d] = 0
+            attention.v_proj.weight[kv * d : (kv + 1) * d, token] = identity
+            attention.o_proj.weight[:, 2 * kv * d : 2 * (kv + 1) * d] = 0  # both heads that read these values
+            target = attention.o_proj.weight[token if to is None else to, head * d : (head + 1) * d]
+            target.copy_(gain * (identity.T if to is None else torch.eye(d)))
+
+        copy(0, head=2, to=two_back, gain=0.7 * EMBEDDING_STD)
+        copy(1, head=2, to=four_back, gain=0.85 * EMBEDDING_STD)
+        for hop, index in enumerate(LOOKUP_LAYERS):
+            attention = layers[index].self_attn
+            attention.q_proj.weight[compared] = 0
+            attention.k_proj.weight[compared] = 0
+            attention.k_proj.weight[compared, two_back] = matching
+            if hop == 0:
+                attention.q_proj.weight[compared, four_back] = matching
+            else:
+                attention.q_proj.weight[compared, token] = matching @ identity
+            copy(index, head=0, to=None, gain=2 * EMBEDDING_STD)
     return model
 
 
@@ -227,16 +274,10 @@ def window_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, window: int
         return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3).transpose(1, 2).flatten(0, 1)
 
     q = q_BHNd.reshape(B, H, blocks, window, d).transpose(1, 2).flatten(0, 1)
-    offset = (
-        torch.arange(window, device=q.device)[:, None]
-        + window
-        - torch.arange(2 * window, device=q.device)[None]
-    )
+    offset = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)[None]
     visible = ((offset >= 0) & (offset < window)).expand(blocks, 1, window, 2 * window).clone()
     visible[0, :, :, :window] = False
-    out = F.scaled_dot_product_attention(
-        q, pairs(k_BHNd), pairs(v_BHNd), attn_mask=visible.repeat(B, 1, 1, 1)
-    )
+    out = F.scaled_dot_product_attention(q, pairs(k_BHNd), pairs(v_BHNd), attn_mask=visible.repeat(B, 1, 1, 1))
     return out.reshape(B, blocks, H, window, d).transpose(1, 2).reshape(B, H, N, d)
 
 
@@ -292,16 +333,14 @@ class Trainer:
         last = x[place]
         answer_loss = answer_loss + self._token_losses(last, wanted).mean()
         with torch.no_grad():
-            right = self.model.lm_head(self.model.model.norm(last)).argmax(-1) == wanted
+            right = (self.model.lm_head(self.model.model.norm(last)).argmax(-1) == wanted)
             right = right[inputs.flatten()[place] == self.colon].float().mean()
         read = torch.randint(0, B * N, (B * N // 4,), device=x.device)
         text_loss = self.token_losses(x[read], tokens[:, 1:].flatten()[read]).mean()
         return answer_loss, text_loss, right
 
 
-def save(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, history: list[dict]
-) -> None:
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, history: list[dict]) -> None:
     """Writes the model folder in bfloat16; the model in training keeps its precision."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = Qwen2ForCausalLM(model.config).to(torch.bfloat16)
@@ -318,9 +357,7 @@ def train(args: argparse.Namespace) -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume)
         model = Qwen2ForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
     else:
-        tokenizer = (
-            PreTrainedTokenizerFast.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer()
-        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer) if args.tokenizer else train_tokenizer()
         model = new_model(args.seed)
     model.to(device)
     model.config._attn_implementation = "sdpa"
@@ -334,23 +371,18 @@ def train(args: argparse.Namespace) -> None:
     history: list[dict] = []
     step, began = 0, time.monotonic()
     phases = [phase for phase in PHASES if not args.phases or phase.name in args.phases]
-    total_share = sum(phase.share for phase in phases)
-    for phase in phases:
+    for index, phase in enumerate(phases):
         data = Batches(tokenizer, tokens_per_batch=args.batch_tokens, phase=phase, seed=args.seed)
         loader = iter(
-            torch.utils.data.DataLoader(
-                data, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"
-            )
+            torch.utils.data.DataLoader(data, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda")
         )
-        phase_began, seconds = time.monotonic(), 60 * args.minutes * phase.share / total_share
+        phase_began, accuracy = time.monotonic(), 0.0
+        left = 60 * args.minutes - (phase_began - began)
+        seconds = left if index == len(phases) - 1 else left * phase.share
         phase_step, logged = 0, time.monotonic()
         while (done := (time.monotonic() - phase_began) / seconds) < 1:
             tokens, targets = (t.to(device, non_blocking=True) for t in next(loader))
-            lr = (
-                phase.peak_lr
-                * (phase.final_lr / phase.peak_lr) ** done
-                * min(1.0, (phase_step + 1) / args.warmup)
-            )
+            lr = phase.peak_lr * (phase.final_lr / phase.peak_lr) ** done * min(1.0, (phase_step + 1) / args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -371,12 +403,15 @@ def train(args: argparse.Namespace) -> None:
                 }  # fmt: skip
                 if not math.isfinite(row["answer_loss"]):
                     raise RuntimeError(f"loss must stay finite, got {row}; lower the learning rate")
+                accuracy = 0.8 * accuracy + 0.2 * row["answer_accuracy"]
                 history.append(row)
                 print(json.dumps(row), flush=True)
+                if accuracy >= phase.enough:
+                    break
         save(model, tokenizer, Path(args.out), history)
-    print(
-        json.dumps({"steps": step, "seconds": time.monotonic() - began, "haystack": haystack_hash("train")})
-    )
+        if phase.enough < 1 and accuracy < 0.5:
+            raise SystemExit(f"phase {phase.name!r} must reach an accuracy of 0.5, got {accuracy:.2f}; give it more minutes")
+    print(json.dumps({"steps": step, "seconds": time.monotonic() - began, "haystack": haystack_hash("train")}))
 
 
 def main() -> None:
@@ -385,11 +420,11 @@ def main() -> None:
     parser.add_argument("--resume", help="model folder to start from")
     parser.add_argument("--tokenizer", help="model folder whose tokenizer to use instead of training one")
     parser.add_argument("--phases", nargs="*", help="only these phases, in order")
-    parser.add_argument("--minutes", type=float, default=25.0, help="training time, without set-up")
+    parser.add_argument("--minutes", type=float, default=8.4, help="training time, without set-up")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-tokens", type=int, default=65536)
-    parser.add_argument("--text-weight", type=float, default=0.3)
+    parser.add_argument("--text-weight", type=float, default=0.15)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--workers", type=int, default=12, help="processes that make batches")
     parser.add_argument("--log-every", type=int, default=100, help="steps")

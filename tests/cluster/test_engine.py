@@ -184,6 +184,16 @@ async def test_a_request_id_in_flight_is_refused():
         await first
 
 
+async def test_an_id_used_again_while_its_last_step_runs_gets_only_its_own_tokens():
+    async with started(step_s=0.05, layers_per_step=6) as engine:
+        first = engine.generate(request(token_ids=(1, 2, 3)))
+        pending = asyncio.ensure_future(anext(first))
+        await asyncio.sleep(0.02)  # its prefill is running
+        pending.cancel()
+        await asyncio.gather(pending, return_exceptions=True)
+        assert (await engine.run(request(token_ids=(7, 8, 9)))).token_ids == (7, 8, 9, 7)
+
+
 DEEP = Schedule.dense(7)
 OTHER_DEPTH = Spts(schedule=DEEP)
 

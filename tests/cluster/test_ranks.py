@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from cluster.config import EngineConfig
 from cluster.engine import Engine, start_engine, stop_engine
 from cluster.group import RayGroup
 from cluster.protocol import EngineError, Request
-from cluster.shard import Shard
+from cluster.shard import Shard, _Answer, _Running
 from spts.methods import Dense, Random, Recency, Spts
 from spts.sampling import Sampling
+from spts.schedule import Schedule
 from tests.cluster.tiny import NUM_LAYERS, SCHEDULE
 from tests.cluster.tracing import TracingShard
 
@@ -142,6 +144,32 @@ async def test_seeded_sampling_and_logprobs_are_those_of_the_library(ranks, whol
 
 
 @in_module_loop
+async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole):
+    early = Schedule(num_layers=NUM_LAYERS, first_skip_layer=1, stages=SCHEDULE.stages)
+    token_ids = prompt(90, seed=6)
+    good = asyncio.create_task(ranks.engine.run(request("good", token_ids, METHODS[1], 30)))
+    with pytest.raises(EngineError, match=r"proxies must cover layers 1 to 1 .*got none; fit them") as refused:
+        await ranks.engine.run(request("bad", token_ids, Spts(schedule=early)))
+    assert (refused.value.kind, refused.value.param) == ("invalid_request", "proxies")
+    assert list((await good).token_ids) == whole.generate(token_ids, METHODS[1], 30).token_ids
+    assert (await ranks.engine.run(request("bad", token_ids, METHODS[1], 1))).finish_reason == "length"
+
+
+@in_module_loop
+async def test_a_rank_that_hangs_is_replaced(ranks, monkeypatch):
+    restarts = ranks.engine.num_restarts
+    monkeypatch.setattr(ranks.group, "_config", ranks.config.model_copy(update={"step_timeout_s": 1.0}))
+    ranks.group._ranks[-1].hang.remote()
+    with pytest.raises(EngineError, match="a rank did not answer within 1 s") as hung:
+        await ranks.engine.run(request("a", prompt(50, seed=1), METHODS[0]))
+    assert hung.value.kind == "unavailable"
+    monkeypatch.undo()
+    await ready(ranks.engine)
+    assert ranks.engine.num_restarts == restarts + 1
+    assert (await ranks.engine.run(request("b", prompt(50, seed=1), METHODS[0]))).finish_reason == "length"
+
+
+@in_module_loop
 async def test_a_killed_rank_fails_its_requests_at_once_and_the_group_restarts(ranks, whole):
     for victim in range(ranks.config.tensor_parallel_size):
         restarts = ranks.engine.num_restarts
@@ -152,14 +180,18 @@ async def test_a_killed_rank_fails_its_requests_at_once_and_the_group_restarts(r
         with pytest.raises(EngineError) as died:
             await asyncio.wait_for(drain(stream), 30)
         assert died.value.kind == "unavailable"
-        async with asyncio.timeout(120):
-            while not await ranks.engine.ready():
-                await asyncio.sleep(0.1)
+        await ready(ranks.engine)
         assert ranks.engine.num_restarts == restarts + 1
         assert not set(pids) & set(ranks.ask("pid"))
         token_ids = prompt(70, seed=2)
         result = await ranks.engine.run(request("b", token_ids, METHODS[1]))
         assert list(result.token_ids) == whole.generate(token_ids, METHODS[1], 8).token_ids
+
+
+async def ready(engine: Engine) -> None:
+    async with asyncio.timeout(120):
+        while not await engine.ready():
+            await asyncio.sleep(0.1)
 
 
 async def drain(stream) -> None:
@@ -186,9 +218,36 @@ def test_an_engine_as_a_ray_actor_for_jobs(driver, tiny_model, whole):
     stop_engine(engine)
 
 
+def test_an_engine_that_is_killed_leaves_its_place_to_another(driver, tiny_model):
+    engine = start_engine(EngineConfig(model=str(tiny_model)))
+    before = driver.available_resources()["CPU"]
+    driver.kill(engine)
+    stop_engine(engine)
+    for _ in range(100):
+        if driver.available_resources().get("CPU", 0) == before + 1:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the engine's CPU is still taken: {driver.available_resources()}")
+
+
 def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once(driver, tiny_model):
     with pytest.raises(spts.ConfigError, match="got 18 CPU for 2 ranks; use fewer"):
         start_engine(EngineConfig(model=str(tiny_model), tensor_parallel_size=2, num_threads=9))
+
+
+def test_logits_that_are_not_finite_end_their_own_request_only():
+    import torch
+
+    from spts.cache import RaggedCache
+
+    shard, answer = Shard(EngineConfig(model="none"), 0), _Answer()
+    cache = RaggedCache(num_layers=1, prompt_tokens=1, room_tokens=0)
+    for request_id, logits in (("bad", [1.0, float("nan")]), ("good", [1.0, 2.0])):
+        sent = request(request_id, (1,), Dense())
+        running = _Running(request=sent, cache=cache, generator=torch.Generator())
+        shard._choose(running, torch.tensor(logits), answer)
+    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
+    assert [(token.request_id, token.token_id) for token in answer.tokens] == [("good", 1)]
 
 
 class Refused:

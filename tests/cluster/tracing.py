@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from cluster.shard import Shard
@@ -30,6 +31,10 @@ class TracingShard(Shard):
 
     def pid(self) -> int:
         return os.getpid()
+
+    def hang(self) -> None:
+        while True:
+            time.sleep(1)
 
     def facts(self) -> dict[str, Any]:
         """What this process has built."""

@@ -1,0 +1,75 @@
+"""One request inside an engine, from its arrival to its last token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from cluster.protocol import Chunk, EngineError, FinishReason, NewToken, Prefilled, Request, Result
+from spts.sampling import TokenLogprobs
+
+
+@dataclass
+class Flight:
+    """Times are `time.perf_counter()` seconds, 0 until they are known. out: what its stream has yet to
+    yield."""
+
+    request: Request
+    arrived: float
+    out: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)
+    timer: asyncio.TimerHandle | None = None
+    started: float = 0.0
+    first: float = 0.0
+    prefilled: Prefilled | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def accept(self, token: NewToken, eos_token_ids: Collection[int], now: float) -> Chunk:
+        """Take the next token, hand it to the stream and return the chunk; the last one has the result.
+
+        eos_token_ids: the model's own end tokens; the request's stop tokens end it too.
+        """
+        if not self.token_ids:
+            self.first = now
+        self.token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            self.logprobs.append(token.logprobs)
+        reason = self._finish_reason(eos_token_ids)
+        chunk = Chunk(
+            request_id=self.request.request_id,
+            token_ids=(token.token_id,),
+            logprobs=None if token.logprobs is None else (token.logprobs,),
+            finish_reason=reason,
+            result=None if reason is None else self._result(reason, now),
+            prefilled=self.prefilled if len(self.token_ids) == 1 else None,
+        )
+        self.out.put_nowait(chunk)
+        return chunk
+
+    def _finish_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
+        latest = self.token_ids[-1]
+        if latest in eos_token_ids or latest in self.request.sampling.stop_token_ids:
+            return "stop"
+        return "length" if len(self.token_ids) == self.request.max_new_tokens else None
+
+    def _result(self, reason: FinishReason, now: float) -> Result:
+        request, prefilled = self.request, self.prefilled
+        assert prefilled is not None, "a token before the end of the prefill"
+        return Result(
+            request_id=request.request_id,
+            token_ids=tuple(self.token_ids),
+            finish_reason=reason,
+            prompt_tokens=len(request.token_ids),
+            queue_s=self.started - self.arrived,
+            ttft_s=self.first - self.arrived,
+            decode_s=now - self.first,
+            total_s=now - self.arrived,
+            work=prefilled.work,
+            kv_tokens=prefilled.kv_tokens,
+            kv_bytes=prefilled.kv_bytes,
+            flops=prefilled.flops,
+            dense_flops=prefilled.dense_flops,
+            dense_kv_bytes=prefilled.dense_kv_bytes,
+            logprobs=tuple(self.logprobs) if request.sampling.logprobs is not None else None,
+        )
