@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,16 @@ def sweep_as_a_job(env, *arguments: str) -> str:
     return done.stdout
 
 
+@contextmanager
+def default_agent_port_taken():
+    """As if another Ray cluster ran on this machine: its agent has the port that Ray gives every agent."""
+    with socket.socket() as other:
+        with suppress(OSError):  # there may be one
+            other.bind(("127.0.0.1", 52365))
+            other.listen()
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(600)
@@ -41,7 +53,7 @@ def test_a_sweep_as_a_ray_job(config, write_config, tiny_model, tmp_path):
     config["samples"] = 1
     config["engine"] = {"count": 2}
     path, out = str(write_config(config)), tmp_path / "out"
-    with local_ray(num_cpus=4) as env:
+    with default_agent_port_taken(), local_ray(num_cpus=4) as env:
         printed = sweep_as_a_job(env, "--config", path, "--out", str(out), "--commit", "c0ffee")
         assert f"results: {out} (0 of 12 samples there, 12 to do)" in printed
         assert "[12/12 100%]" in printed
