@@ -50,9 +50,15 @@ def test_the_bootstrap_is_the_same_every_time():
     assert mean_interval(scores) != mean_interval(scores, seed=1)
 
 
-def test_equal_scores_that_are_not_zero_or_one_give_a_point():
-    estimate = mean_interval([0.5] * 7)
-    assert (estimate.low, estimate.value, estimate.high) == (0.5, 0.5, 0.5)
+def test_equal_scores_are_no_certainty():
+    estimate = mean_interval([0.5] * 8)
+    assert (estimate.low, estimate.high) == pytest.approx(wilson(4, 8))
+    third = mean_interval([1 / 3] * 12)
+    assert (third.low, third.high) == pytest.approx(wilson(4, 12))
+    assert third.interval == "wilson"
+    lost = paired_difference([1 / 3] * 12, [1.0] * 12)
+    assert lost.value == pytest.approx(-2 / 3)
+    assert (lost.low, lost.high) == pytest.approx([2 * end - 1 for end in wilson(2, 12)])
 
 
 def test_wider_confidence_is_a_wider_interval():
