@@ -148,7 +148,7 @@ async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole):
     early = Schedule(num_layers=NUM_LAYERS, first_skip_layer=1, stages=SCHEDULE.stages)
     token_ids = prompt(90, seed=6)
     good = asyncio.create_task(ranks.engine.run(request("good", token_ids, METHODS[1], 30)))
-    with pytest.raises(EngineError, match=r"proxies must cover layers 1 to 1 .*got none; fit them") as refused:
+    with pytest.raises(EngineError, match=r"cover layers 1 to 1 .*got none; fit them") as refused:
         await ranks.engine.run(request("bad", token_ids, Spts(schedule=early)))
     assert (refused.value.kind, refused.value.param) == ("invalid_request", "proxies")
     assert list((await good).token_ids) == whole.generate(token_ids, METHODS[1], 30).token_ids
