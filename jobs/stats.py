@@ -36,8 +36,8 @@ class Estimate:
 def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Mean of scores in 0..1: Wilson's interval if every score is 0 or 1, else the percentile bootstrap.
 
-    Wilson keeps a width where all scores are equal: 20 right answers of 20 give 0.839 to 1. Other equal scores
-    have it too, as if their mean were a share of right answers: no score in 0..1 varies more than that.
+    Wilson keeps a width where all scores are equal: 20 right answers of 20 give 0.839 to 1. Other equal
+    scores have it too, as if their mean were a share of right answers: no score in 0..1 varies more than that.
 
     Raises:
         ValueError: no scores.
@@ -65,8 +65,8 @@ def paired_difference(
 
     If every difference is -1, 0 or 1, the interval is Agresti and Min's (Statistics in Medicine 24, 2005):
     Wald's after adding half a pair to each of the four outcomes, so that it keeps a width where the two
-    always agree. Else the percentile bootstrap over pairs; or, where all differences are equal, Wilson's on the
-    scale from -1 to 1.
+    always agree. Else the percentile bootstrap over pairs; or, where all differences are equal, Wilson's
+    on the scale from -1 to 1.
 
     Raises:
         ValueError: no pairs, or not as many scores as baselines.
