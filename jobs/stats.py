@@ -37,7 +37,7 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: in
     """Mean of scores in 0..1: Wilson's interval if every score is 0 or 1, else the percentile bootstrap.
 
     Wilson keeps a width where all scores are equal: 20 right answers of 20 give 0.839 to 1. Other equal
-    scores have it too, as if their mean were a share of right answers: no score in 0..1 varies more than that.
+    scores have it too, as if their mean were a share of right answers: no score in 0..1 varies more.
 
     Raises:
         ValueError: no scores.
