@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sysconfig
+
 import pytest
 
-from jobs.tasks import haystack as module
 from jobs.tasks.haystack import haystack, haystack_hash
 
 PARTS = ("train", "held_out")
@@ -13,7 +14,7 @@ PARTS = ("train", "held_out")
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """An empty standard library to write files into."""
-    monkeypatch.setattr(module.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     return tmp_path
 
 
