@@ -1,6 +1,7 @@
-"""Long real text that every machine with Python has: the sources and documentation strings of its standard library.
+"""Long real text that every machine with Python has: its standard library's sources, docstrings included.
 
-Files are split once and for all, by a hash of their name, into a part to train on and a held-out part to evaluate on.
+Files are split once and for all, by a hash of their name, into a part to train on and a held-out part to
+evaluate on.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def haystack(part: str) -> tuple[str, ...]:
         part: "train" or "held_out". No file is in both.
 
     Returns:
-        Lines of plain ASCII text without trailing space, tabs as four spaces; never two empty ones in a row, none
-        longer than 160 characters (tables of data are no text to read).
+        Lines of plain ASCII text without trailing space, tabs as four spaces; never two empty ones in a row,
+        none longer than 160 characters (tables of data are no text to read).
 
     Raises:
         ValueError: another part.

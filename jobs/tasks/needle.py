@@ -1,12 +1,12 @@
-"""Needles in long real text: single, multi-key, multi-value and two-hop questions, at any length, without network.
+"""Needles in long real text: single, multi-key, multi-value and two-hop questions, at any length, offline.
 
 A needle is a line of its own among the lines of the haystack:
 
-    The code of falcon is amber.          a fact: one lookup finds it
-    The twin of heron is falcon.          a link: "the code of the twin of heron" takes two lookups, one after the other
+    The code of falcon is amber.     a fact: one lookup finds it
+    The twin of heron is falcon.     a link: "the code of the twin of heron" takes two lookups, one by one
 
-The kinds are those of RULER (arXiv 2404.06654: niah_single, niah_multikey, niah_multivalue, variable tracking), in our
-own words. Keys and values are common nouns, so that no tokenizer is at a loss.
+The kinds are those of RULER (arXiv 2404.06654: niah_single, niah_multikey, niah_multivalue, variable
+tracking), in our own words. Keys and values are common nouns, so that no tokenizer is at a loss.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import TypeVar
 
 from jobs.tasks.base import CountTokens, Sample
 from jobs.tasks.haystack import haystack, haystack_hash
 from spts.errors import ConfigError
 
 NUM_VALUES = 3
+
+T = TypeVar("T")
 
 
 @cache
@@ -66,14 +69,14 @@ def ask(question: str) -> str:
     return f"\n\nQuestion: {question}\nAnswer:"
 
 
-def hide(rng: random.Random, document: Sequence[str], needles: Sequence[str]) -> tuple[list[str], list[int]]:
+def hide(rng: random.Random, document: Sequence[T], needles: Sequence[T]) -> tuple[list[T], list[int]]:
     """Puts each needle at a random place of its own between the document's lines.
 
     Returns the lines, and for each needle the index that its line has among them.
     """
     gaps = [rng.randint(0, len(document)) for _ in needles]
     order = sorted(range(len(needles)), key=lambda i: (gaps[i], i))
-    lines: list[str] = []
+    lines: list[T] = []
     places = [0] * len(needles)
     start = 0
     for i in order:
@@ -126,7 +129,7 @@ class NeedleTask:
             line = text[(start + len(document)) % len(text)]
             room -= count_tokens(line + "\n")
             document.append(line)
-        # Tokens of joined lines can differ from the sum over lines, so the last word is the whole prompt's count.
+        # Joined lines can have other tokens than the lines alone: the whole prompt's count has the last word.
         while True:
             placed = random.Random(f"{self.name}/{length}/{seed}/{index}/places")
             lines, places = hide(placed, document, hidden)
@@ -151,7 +154,7 @@ class NeedleTask:
         )
 
     def samples(self, count_tokens: CountTokens, *, length: int, count: int, seed: int) -> list[Sample]:
-        """`count` samples of at most `length` tokens over held-out text; sample i is the same whatever `count` is.
+        """`count` samples of at most `length` tokens over held-out text, sample i the same for any `count`.
 
         Raises:
             ConfigError: `length` leaves no room for the needles and the question.
