@@ -39,8 +39,12 @@ class RayEngine:
 
     async def run(self, request: Request) -> Result:
         """The whole answer. Raises EngineError, whatever happened to the actor."""
+        async with self._recovering:  # while another request mends the engine there is nobody to ask
+            handle = self._handle
+        if handle is None:
+            raise EngineError("unavailable", f"{self.name} is gone")
         try:
-            result: Result = await self._handle.run.remote(request)
+            result: Result = await handle.run.remote(request)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, EngineError):
                 raise error.cause from None
