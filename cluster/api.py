@@ -222,7 +222,7 @@ def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
     if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
         raise ApiError(
             "invalid_request",
-            "top_logprobs must only be given with logprobs = true, got {body.top_logprobs}; add it",
+            f"top_logprobs must only be given with logprobs = true, got {body.top_logprobs}; add logprobs",
             "top_logprobs",
         )
     return body
