@@ -25,6 +25,7 @@ from cluster.errors import HTTP_ERRORS, ApiError, as_api_error, error_body
 from cluster.protocol import EngineError
 from cluster.tokenizer import TextTokenizer
 from spts.errors import SptsError
+from spts.loading import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Router:
 
     def __init__(self, config: AppConfig, engines: Mapping[str, EngineClient]) -> None:
         self._config = config
-        self._tokenizer = TextTokenizer(resolve_path(config.model))
+        self._tokenizer = TextTokenizer(resolve(resolve_path(config.model), weights=False))
         self._dispatcher = Dispatcher(config, engines, self._tokenizer)
         self._created = int(time.time())
 

@@ -79,11 +79,11 @@ def load_proxies(
     return Proxies.load(default, fingerprint=fingerprint) if (default / MANIFEST_FILE).is_file() else None
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
+def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> Path:
     """The local folder of a model: `path` itself, or for a hub id (`owner/name`) its downloaded snapshot.
 
     A hub model's configuration is fetched and checked first, so an unsupported one costs no download of
-    weights.
+    weights. weights: False = configuration and tokenizer are enough.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -98,9 +98,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
     try:
         _read_config(Path(snapshot_download(name, allow_patterns=["config.json"])))
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
-        )
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model must be a folder or a hub id, got {name}; "

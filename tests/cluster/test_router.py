@@ -94,6 +94,23 @@ async def test_health_ready_and_models(folder):
         assert (await client.get("ready")).status_code == 503
 
 
+async def test_a_model_by_its_hub_id_is_served_without_its_weights_here(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 6}')
+    async with endpoint("owner/name") as (client, _):
+        answer = await client.post(COMPLETIONS, json=completion(prompt="the fox "))
+    assert answer.status_code == 200
+    assert asked
+    assert "*.safetensors" not in asked
+
+
 async def test_while_the_model_loads_the_router_is_alive_and_not_ready(folder):
     async with endpoint(folder, start=False) as (client, _):
         assert (await client.get("health")).status_code == 200
@@ -311,7 +328,7 @@ BAD = [
         "unsupported_parameter",
         "image_url",
     ),
-    (CHAT, chat(top_logprobs=2), "top_logprobs", "invalid_value", "only be given with logprobs"),
+    (CHAT, chat(top_logprobs=2), "top_logprobs", "invalid_value", "logprobs = true, got 2; add logprobs"),
     (CHAT, chat(stream_options={"include_usage": True}), "stream_options", "invalid_value", "stream = true"),
     (COMPLETIONS, completion(temperature=-1), "temperature", "invalid_value", "equal to 0, got -1"),
     (COMPLETIONS, completion(temperature="hot"), "temperature", "invalid_value", "valid number, got 'hot'"),

@@ -219,6 +219,27 @@ def test_an_unknown_dtype_is_refused(folder):
         spts.load(folder, dtype="int8")
 
 
+def test_a_hub_id_is_downloaded_once_its_configuration_is_known_to_be_supported(folder, monkeypatch):
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        assert name == "owner/name"
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert spts.load("owner/name").fingerprint == loading.fingerprint(folder)
+    assert [("*.safetensors" in patterns) for patterns in asked] == [False, True]
+    asked.clear()
+    assert loading.resolve("owner/name", weights=False) == folder
+    assert not any("*.safetensors" in patterns for patterns in asked)
+    asked.clear()
+    _edit_config(folder, architectures=["GPT2LMHeadModel"])
+    with pytest.raises(ModelError, match="architectures must be one of"):
+        spts.load("owner/name")
+    assert asked == [["config.json"]]
+
+
 def test_a_hub_id_that_cannot_be_reached_says_so():
     with pytest.raises(ModelError, match="model must be a folder or a hub id, got nobody/nothing"):
         spts.load("nobody/nothing")
