@@ -10,6 +10,7 @@ Writes proxies.safetensors, proxies.json and calibration.json into --out. Needs 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from spts.methods import Dense, Spts
 from spts.schedule import require_int
 
 if TYPE_CHECKING:
+    from jobs.tasks import Sample
     from spts.model import SptsModel
 
 MIN_FIT_TOKENS = 256  # fewer say little about 64 and more channels
@@ -118,7 +120,7 @@ def read_documents(paths: Sequence[Path], tokenizer: Any) -> list[list[int]]:
             raise ConfigError(
                 f"texts must be readable UTF-8 files, got {path} ({error}); correct the path", field="texts"
             ) from None
-        documents.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        documents.append(_encode(tokenizer, text))
     return documents
 
 
@@ -134,14 +136,29 @@ def task_names(chosen: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def draw_samples(tokenizer: Any, name: str, *, length: int, count: int) -> list[Sample]:
+    """Questions of a task whose prompt and answer have at most `length` tokens.
+
+    Raises ConfigError when they have no room for the question.
+    """
+    from jobs.tasks import get_task
+
+    task = get_task(name)
+    room = length - task.max_new_tokens - 1
+    return task.samples(lambda text: len(_encode(tokenizer, text)), length=room, count=count, seed=0)
+
+
 def measure_task(
-    model: SptsModel, tokenizer: Any, name: str, method: Spts, *, length: int, samples: int
+    model: SptsModel, tokenizer: Any, name: str, method: Spts, samples: Sequence[Sample]
 ) -> TaskCurve:
     """Accuracy on a task: dense, under `method`, and with the context frozen from each layer on.
 
-    Prompt and answer have at most `length` tokens. A frozen answer is forced: it is right when each token of
-    the first reference is the most likely one after those before it. Dense and `method` generate, and the
-    task scores that.
+    A frozen answer is forced: it is right when each token of the first reference is the most likely one after
+    those before it. Dense and `method` generate, and the task scores that.
     """
     from tqdm import tqdm
 
@@ -149,17 +166,11 @@ def measure_task(
     from spts.safety import run_frozen
 
     task = get_task(name)
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    drawn = task.samples(
-        lambda text: len(encode(text)), length=length - task.max_new_tokens - 1, count=samples, seed=0
-    )
     right = [0] * len(model.layers)
     dense = chosen = 0.0
-    for sample in tqdm(drawn, desc=f"task {name}", unit="question"):
-        prompt, answer = tokenizer(sample.prompt)["input_ids"], encode(" " + sample.references[0])
+    for sample in tqdm(samples, desc=f"task {name}", unit="question"):
+        prompt = tokenizer(sample.prompt)["input_ids"]
+        answer = _encode(tokenizer, " " + sample.references[0])
         live = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
         frozen = run_frozen(model, [*prompt, *answer[:-1]], live, together=True)
         for layer, logits_LV in enumerate(frozen.frozen_LV):
@@ -170,10 +181,10 @@ def measure_task(
         chosen += task.score(texts[1], sample.references)
     return TaskCurve(
         name=name,
-        samples=samples,
-        dense=dense / samples,
-        method=chosen / samples,
-        frozen=tuple(count / samples for count in right),
+        samples=len(samples),
+        dense=dense / len(samples),
+        method=chosen / len(samples),
+        frozen=tuple(count / len(samples) for count in right),
     )
 
 
@@ -183,6 +194,7 @@ def calibrate(args: argparse.Namespace) -> Verdict:
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
+    from jobs.contestants import check_device
     from spts import loading
     from spts.model import SptsModel
     from spts.proxy import Proxies
@@ -190,6 +202,12 @@ def calibrate(args: argparse.Namespace) -> Verdict:
 
     for field in ("tokens", "windows", "fit_windows", "live_tokens", "samples"):
         require_int(field, getattr(args, field), minimum=1)
+    if not 0 <= args.min_agreement <= 1:
+        raise ConfigError(
+            f"min_agreement must be from 0 to 1, got {args.min_agreement}; the default is 0.9",
+            field="min_agreement",
+        )
+    check_device(args.device)
     out, tasks = writable_folder(args.out), task_names(args.task)
     if args.threads is not None:
         require_int("threads", args.threads, minimum=1)
@@ -203,6 +221,9 @@ def calibrate(args: argparse.Namespace) -> Verdict:
         windows=args.windows,
         fit_windows=args.fit_windows,
     )
+    questions = {
+        name: draw_samples(tokenizer, name, length=args.tokens, count=args.samples) for name in tasks
+    }
     hf_model = loading.load_transformers(folder, dtype=args.dtype, device=args.device)
     # Without the proxies that may lie in the folder: they may be the ones to replace.
     bare = SptsModel(hf_model, fingerprint=loading.fingerprint(folder))
@@ -212,7 +233,10 @@ def calibrate(args: argparse.Namespace) -> Verdict:
     method = Spts(schedule=schedule)
     method.schedule_for(num_layers)
     size = ProxyShape.default(bare.shape)
-    size = ProxyShape(channels=args.channels or size.channels, rank=args.rank or size.rank)
+    size = ProxyShape(
+        channels=size.channels if args.channels is None else args.channels,
+        rank=size.rank if args.rank is None else args.rank,
+    )
     first_layer = min(schedule.first_skip_layer, num_layers - 1)
     if args.first_layer is not None:
         first_layer = min(first_layer, args.first_layer)
@@ -247,10 +271,7 @@ def calibrate(args: argparse.Namespace) -> Verdict:
     model = SptsModel(hf_model, fingerprint=bare.fingerprint, proxies=proxies)
     with tqdm(desc="measure", unit="prompt", total=len(texts.measure)) as bar:
         safety = measure(model, texts.measure, method, live_tokens=args.live_tokens, progress=bar.update)
-    curves = [
-        measure_task(model, tokenizer, name, method, length=args.tokens, samples=args.samples)
-        for name in tasks
-    ]
+    curves = [measure_task(model, tokenizer, name, method, samples) for name, samples in questions.items()]
     verdict = judge(safety, curves, schedule, min_agreement=args.min_agreement)
     write_json(
         out / "calibration.json",
@@ -259,7 +280,10 @@ def calibrate(args: argparse.Namespace) -> Verdict:
             "tokens": args.tokens,
             "schedule": schedule.to_dict(),
             "proxy": asdict(size),
-            "texts": [str(path) for path in args.texts],
+            "texts": [
+                {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                for path in args.texts
+            ],
             "held_out": texts.held_out,
             "verdict": asdict(verdict),
             "safety": asdict(safety),

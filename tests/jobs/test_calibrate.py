@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_proxies_and_report_are_written_and_used(folder, text, tmp_path, capsys)
     assert report["fingerprint"] == model.fingerprint
     assert report["proxy"] == {"channels": 24, "rank": 8}
     assert report["held_out"] is True
+    assert report["texts"] == [{"name": "text.txt", "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}]
     assert [row["layer"] for row in report["safety"]["layers"]] == list(range(NUM_LAYERS))
     assert report["safety"]["num_prompts"] == 3
     assert report["safety"]["num_live"] == 12
@@ -96,7 +98,12 @@ def test_needle_questions_are_measured(folder, text, tmp_path):
         (["--tokens", "0"], "tokens must be an integer of at least 1"),
         (["--tokens", "100000"], "texts must have a document of at least 100000 tokens"),
         (["--task", "no-such"], "task must be one of"),
+        (["--task", "multikey"], "length must leave room for the needles of task 'multikey'"),
         (["--rank", "25"], "rank must be in 1..24"),
+        (["--rank", "0"], "rank must be an integer of at least 1, got 0"),
+        (["--channels", "0"], "channels must be an integer of at least 1, got 0"),
+        (["--min-agreement", "90"], "min_agreement must be from 0 to 1, got 90.0"),
+        (["--device", "nowhere"], "device must be there, got 'nowhere'"),
         (["--texts", "/no/such/file"], "texts must be readable UTF-8 files, got /no/such/file"),
         (["--model", "/no/such/model"], "model must be a folder or a hub id"),
     ],
@@ -141,6 +148,8 @@ def test_schedule_by_name_is_scaled_to_depth_and_length():
     assert [stage.active_tokens for stage in small.stages] == [1152, 896, 512, 256]
     assert describe_schedule(small).startswith("dense before layer 10; 10-13: 1152 tokens, then keep 1024; ")
     assert describe_schedule(spts.Schedule.dense(3)) == "every layer dense"
+    demo = describe_schedule(spts.Schedule.preset("demo-12l"))
+    assert demo.endswith("; 9-10: 256 tokens, then keep 160; the last 32 in every choice")
 
 
 @pytest.mark.parametrize(
