@@ -95,27 +95,31 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         fingerprint, name = loading.fingerprint(folder), str(args.model or DEFAULT_MODEL)
         proxies = loading.load_proxies(folder, args.proxies, fingerprint=fingerprint)
         hf_model = loading.load_transformers(folder, dtype=args.dtype, device=args.device)
+    attention = args.attention or "sdpa"
     try:
-        hf_model.set_attn_implementation(args.attention)
+        hf_model.set_attn_implementation(attention)
     except (ValueError, ImportError) as error:
         raise ConfigError(
-            f"attention must be a backend that works here, got {args.attention!r} ({error}); use sdpa",
+            f"attention must be a backend that works here, got {attention!r} ({error}); use sdpa",
             field="attention",
         ) from None
     bare = SptsModel(hf_model, fingerprint=fingerprint)
     if proxies is None:
         size = ProxyShape.default(bare.shape)
-        size = ProxyShape(channels=args.channels or size.channels, rank=args.rank or size.rank)
+        size = ProxyShape(
+            channels=size.channels if args.channels is None else args.channels,
+            rank=size.rank if args.rank is None else args.rank,
+        )
         proxies = random_proxies(bare.shape, size, first_layer=0, fingerprint=fingerprint)
         origin = "random"
-    elif args.channels or args.rank:
+    elif (args.channels, args.rank) != (None, None):
         raise ConfigError(
             "channels and rank must be left out for a model with proxies of its own, got "
-            f"{args.channels or args.rank}; leave them out",
+            f"{args.channels} and {args.rank}; leave them out",
             field="channels",
         )
     else:
-        size = ProxyShape(channels=proxies.manifest.channels, rank=proxies.manifest.rank)
+        size = proxies.shape
         origin = "fitted"
     model = SptsModel(hf_model, fingerprint=fingerprint, proxies=proxies)
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
@@ -127,7 +131,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
             **_about(name, model.shape, args),
             "hardware": gpu + _machine(),
             "proxies": f"{origin}, {size.channels} channels, rank {size.rank}",
-            "attention": f"ours: torch scaled_dot_product_attention; transformers: {args.attention}",
+            "attention": f"ours: torch scaled_dot_product_attention; transformers: {attention}",
         },
         enter=lambda method: Own(model, method),
         rival=Transformers(hf_model),
@@ -144,7 +148,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
     from jobs.contestants import OnEngine
     from spts import loading
 
-    for field in ("shape", "channels", "rank"):
+    for field in ("shape", "channels", "rank", "attention"):
         if getattr(args, field) is not None:
             raise ConfigError(
                 f"{field} must be left out without --local, got {getattr(args, field)}; add --local",

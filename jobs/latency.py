@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     args.add_argument("--proxies", help="folder of proxies (default: the model's own)")
     args.add_argument("--channels", type=int, help="D_low of random proxies, with --local")
     args.add_argument("--rank", type=int, help="rank of random proxies, with --local")
-    args.add_argument("--attention", default="sdpa", help="transformers' attention backend, with --local")
+    args.add_argument("--attention", help="transformers' attention backend, with --local (default: sdpa)")
     args.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, on an engine")
     return args
 
@@ -135,10 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_int(field, getattr(args, field), minimum=minimum)
         for length in args.lengths:
             require_int("lengths", length, minimum=1)
-        if args.shape is not None and args.model is not None:
-            raise ConfigError(
-                f"model must be left out with --shape, got {args.model}; give one", field="model"
-            )
+        for field in ("model", "proxies"):
+            if args.shape is not None and getattr(args, field) is not None:
+                raise ConfigError(
+                    f"{field} must be left out with --shape, got {getattr(args, field)}; give one",
+                    field=field,
+                )
         with local_arena(args) if args.local else engine_arena(args) as arena:
             race(args, arena)
     except (SptsError, EngineError) as error:

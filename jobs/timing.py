@@ -65,7 +65,8 @@ class Case:
         stages = tuple(
             replace(stage, active_tokens=self.length, keep_tokens=None) for stage in self.schedule.stages
         )
-        return Spts(schedule=replace(self.schedule, stages=stages))
+        # Nothing is left to choose, so no token needs to be kept; a prompt may have fewer than were to be.
+        return Spts(schedule=replace(self.schedule, stages=stages, recent_tokens=1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,8 @@ def test_one_token_out_has_no_time_per_token(capsys):
     [
         (["--shape", "no-such"], "shape must be one of"),
         (["--shape", "tiny", "--model", "x"], "model must be left out with --shape"),
+        (["--shape", "tiny", "--proxies", "x"], "proxies must be left out with --shape"),
+        (["--shape", "tiny", "--rank", "0"], "rank must be an integer of at least 1, got 0"),
         (["--shape", "tiny", "--methods", "dense"], "methods must be of spts, random, recency"),
         (["--shape", "tiny", "--schedule", "no-such"], "schedule must be one of"),
         (["--shape", "tiny", "--repeats", "0"], "repeats must be an integer of at least 1"),
@@ -211,9 +213,20 @@ def test_local_needs_neither_ray_nor_deepspeed_nor_pydantic(folder):
     assert len(last_line(done.stdout)["rows"]) == 3
 
 
-def test_options_of_random_weights_need_local(capsys):
-    assert latency.main(["--shape", "tiny", "--lengths", "10"]) == 2
-    assert "shape must be left out without --local" in capsys.readouterr().err
+@pytest.mark.parametrize("option", [("--shape", "tiny"), ("--rank", "8"), ("--attention", "eager")])
+def test_options_of_the_local_race_need_local(option, capsys):
+    assert latency.main([*option, "--lengths", "10"]) == 2
+    assert f"{option[0][2:]} must be left out without --local" in capsys.readouterr().err
+
+
+def test_a_prompt_shorter_than_the_tokens_it_should_keep(tmp_path, capsys):
+    stages = "[{last_layer: 6, active_tokens: 32, keep_tokens: 32}]"
+    path = tmp_path / "schedule.yaml"
+    path.write_text(f"{{num_layers: 8, first_skip_layer: 2, stages: {stages}, recent_tokens: 32}}")
+    assert run_local("--shape", "tiny", "--lengths", "20", "--schedule", str(path)) == 0
+    printed = capsys.readouterr().out
+    assert "2-6: 32 tokens, then keep 32; the last 32 in every choice" in printed
+    assert last_line(printed)["rows"][1]["predicted_speedup_ratio"] == 1.0
 
 
 @pytest.mark.real
