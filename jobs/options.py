@@ -83,7 +83,11 @@ def read_yaml(path: Path) -> object:
 
 
 def describe_schedule(schedule: Schedule) -> str:
-    """One line for a terminal: "dense to layer 9; 10-13: 1152 (keep 1024); …"."""
+    """One line for a terminal.
+
+    Example: "dense before layer 4; 4-6: 512 tokens, then keep 320; 7: 256 tokens; the last 32 in every
+    choice".
+    """
     if not schedule.stages:
         return "every layer dense"
     parts = [f"dense before layer {schedule.first_skip_layer}"]
@@ -93,11 +97,15 @@ def describe_schedule(schedule: Schedule) -> str:
         layers = f"{first}-{stage.last_layer}" if first < stage.last_layer else f"{first}"
         parts.append(f"{layers}: {stage.active_tokens} tokens{cut}")
         first = stage.last_layer + 1
+    if schedule.recent_tokens > 1:
+        parts.append(f"the last {schedule.recent_tokens} in every choice")
     return "; ".join(parts)
 
 
-def writable_folder(path: str | os.PathLike[str]) -> Path:
-    """`path` as a folder that files can be written to, made if it is not there. Raises ConfigError."""
+def writable_folder(path: str | os.PathLike[str], *, field: str = "out") -> Path:
+    """`path` as a folder that files can be written to, made if it is not there. Raises ConfigError about
+    `field`.
+    """
     folder = Path(path).expanduser()
     probe = folder / f".writable-{os.getpid()}"
     try:
@@ -106,8 +114,8 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"out must be a folder that can be written, got {folder} ({error.strerror}); choose another",
-            field="out",
+            f"{field} must be a folder that can be written, got {folder} ({error.strerror}); choose another",
+            field=field,
         ) from None
     return folder
 

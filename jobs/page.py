@@ -11,7 +11,9 @@ from typing import Any
 import jinja2
 
 from jobs import plots, wording
+from jobs.options import describe_schedule
 from jobs.summary import Line, ModelSummary, Results, Scored
+from spts.schedule import Schedule
 
 EXAMPLES_PER_TASK = 8
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -90,14 +92,17 @@ def _examples(model: ModelSummary, task: str) -> list[dict[str, Scored]]:
     return ranked[:EXAMPLES_PER_TASK]
 
 
-def _schedules(results: Results) -> list[tuple[str, int, Any]]:
-    """(label, length, schedule) of every method that has one, each once."""
+def _schedules(results: Results) -> list[tuple[str, int, str]]:
+    """(label, length, schedule in words) of every method that has one, each once."""
     found = {
         (cell.label, cell.length): cell.content["method"]["schedule"]
         for cell in results.plan.cells
         if "schedule" in cell.content["method"]
     }
-    return [(label, length, schedule) for (label, length), schedule in found.items()]
+    return [
+        (label, length, describe_schedule(Schedule.from_dict(schedule)))
+        for (label, length), schedule in found.items()
+    ]
 
 
 def _data_uri(svg: str) -> str:

@@ -14,15 +14,14 @@ output: results/demo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from cluster.config import Strict, parse, read_yaml
-from jobs.options import schedule_from
+from cluster.config import Strict, load_yaml
+from jobs.options import schedule_from, writable_folder
 from jobs.tasks import get_task
 from spts import methods
 from spts.errors import ConfigError
@@ -172,7 +171,7 @@ class Sweep(Strict):
 
 def load_sweep(path: str | Path) -> Sweep:
     """Reads a sweep's YAML file. Raises ConfigError naming file, key, rule and value of every fault."""
-    return parse(read_yaml(path), Sweep, source=str(path))
+    return load_yaml(path, Sweep)
 
 
 def concrete_schedule(choice: str | Mapping[str, Any], *, num_layers: int, length: int) -> Schedule:
@@ -200,15 +199,4 @@ def output_folder(sweep: Sweep, chosen: str | None) -> Path:
     path = Path(chosen or sweep.output).expanduser()
     if not path.is_absolute():
         path = (Path.home() if is_uploaded_copy() else Path.cwd()) / path
-    probe = path / f".writable-{os.getpid()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output must be a folder that can be written, got {path} ({error.strerror}); "
-            "choose another with --out",
-            field="output",
-        ) from None
-    return path
+    return writable_folder(path, field="output")

@@ -1,6 +1,6 @@
 """What a run compares: frozen dataclasses whose fields are the hyper-parameters and whose repr is the record.
 
-A method answers with scores, never with indices. Budget, forced last token, tie rule and order are the same
+A method answers with scores, never with indices. Budget, forced last tokens, tie rule and order are the same
 for all of them (`spts.select`), so that two methods at one schedule differ in nothing but the choice of
 tokens.
 

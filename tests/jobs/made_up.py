@@ -10,6 +10,7 @@ from typing import Any
 from jobs import provenance
 from jobs.record import CellRecord, Plan, PlannedSample, Row, RowWriter, content_hash, sample_key, write_plan
 from jobs.tasks import get_task
+from spts.schedule import Schedule
 
 ACCURACY = {
     "dense": (0.99, 0.98, 0.97, 0.93),
@@ -38,9 +39,12 @@ def write_results(
     for method in methods:
         for task in tasks:
             for index, length in enumerate(lengths):
+                schedule = Schedule.preset("demo-12l", num_tokens=length).to_dict()
                 content = {
                     "model": "f" * 64,
-                    "method": {"name": method},
+                    "method": {"name": method}
+                    if method == "dense"
+                    else {"name": method, "schedule": schedule},
                     "task": task,
                     "task_version": get_task(task).version,
                     "length": length,
