@@ -278,10 +278,7 @@ class Shard:
     def _prefilled(self, request: Request, state: PrefillState) -> Prefilled:
         model = self._loaded
         num_tokens = len(request.token_ids)
-        proxy = None
-        if model.proxies is not None:
-            manifest = model.proxies.manifest
-            proxy = cost.ProxyShape(channels=manifest.channels, rank=manifest.rank)
+        proxy = None if model.proxies is None else model.proxies.shape
         return Prefilled(
             request_id=request.request_id,
             work=tuple(state.work),

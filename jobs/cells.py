@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import placement
 from cluster.config import EngineConfig, resolve_path
 from jobs.record import CellRecord, content_hash
 from jobs.spec import Sweep, is_uploaded_copy
@@ -77,13 +78,10 @@ def _plan_model(sweep: Sweep, source: str) -> ModelPlan:
     loading.check_folder(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape, context = ModelShape.from_config(config), max_context(config)
-    size = sweep.engine.tensor_parallel_size
-    if shape.num_heads % size or shape.num_kv_heads % size:
-        raise ConfigError(
-            f"engine.tensor_parallel_size must divide the heads of {source} ({shape.num_heads} query, "
-            f"{shape.num_kv_heads} key/value), got {size}; use a common divisor",
-            field="engine.tensor_parallel_size",
-        )
+    try:
+        placement.check_divisible(shape, sweep.engine.tensor_parallel_size)
+    except ConfigError as error:
+        raise ConfigError(f"engine.{error}", field=f"engine.{error.field}") from None
     _check_lengths(sweep, source, context)
     name = Path(source).name or folder.resolve().name
     fingerprint = loading.fingerprint(folder)
@@ -167,12 +165,7 @@ class _Proxies:
         digest = hashlib.sha256()
         for file in sorted(path.glob("*.safetensors")):
             digest.update(file.read_bytes())
-        manifest = loaded.manifest
-        return cls(
-            shape=ProxyShape(channels=manifest.channels, rank=manifest.rank),
-            first_layer=manifest.first_layer,
-            sha256=digest.hexdigest(),
-        )
+        return cls(shape=loaded.shape, first_layer=loaded.manifest.first_layer, sha256=digest.hexdigest())
 
     def check(self, schedule: Schedule) -> None:
         if schedule.stages and schedule.first_skip_layer < self.first_layer:

@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -295,9 +295,3 @@ def describe() -> str:
         parts += [f"| {f.name} | {f.metadata['doc']} |" for f in fields(cls)]
         parts.append("")
     return "\n".join(parts)
-
-
-def missing(plan: Plan, rows: Iterable[str]) -> list[PlannedSample]:
-    """The planned samples that have no row yet, in the plan's order."""
-    done = set(rows)
-    return [sample for sample in plan.samples if sample.key not in done]

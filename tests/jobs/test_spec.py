@@ -40,7 +40,10 @@ FAULTS = [
     ({"engine": {"count": 0}}, "engine.count must be greater than or equal to 1, got 0"),
     ({"engine": {"gpus": 2}}, "engine.gpus must be one of count, in_flight, .*, got an unknown key"),
     ({"engine": {"dtype": "int8"}}, "engine.dtype must be 'float32'.*, got 'int8'"),
-    ({"engine": {"tensor_parallel_size": 3}}, "engine.tensor_parallel_size must divide the heads .*, got 3"),
+    (
+        {"engine": {"tensor_parallel_size": 3}},
+        "engine.tensor_parallel_size must divide the model's num_attention_heads = 4, got 3; use one of 1, 2",
+    ),
     ({"methods": [{"name": "magic"}]}, "name must be one of dense, spts, random, recency, got 'magic'"),
     (
         {"methods": [{"name": "dense", "budget": 3}]},
