@@ -1,4 +1,4 @@
-"""The ragged key/value cache: every layer holds the tokens it computed and no other (spts.md, "PAP" step 5).
+"""The ragged key/value cache: every layer holds the tokens it computed and no other.
 
 Legend: C capacity, P prompt tokens kept by a layer, L tokens in a layer now, K key/value heads on this rank,
 d head size.

@@ -1,4 +1,4 @@
-"""One decoder layer under token skipping: the whole method on one screen (spts.md).
+"""One decoder layer under token skipping: the whole method of arXiv 2601.13155 on one screen.
 
     probe -> select -> gather -> attend -> scatter | score -> select -> gather -> FFN -> scatter | cut
 

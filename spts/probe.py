@@ -1,4 +1,4 @@
-"""PAP, partial attention probing: how much the last prompt token attends to each candidate (spts.md, "PAP").
+"""PAP, partial attention probing: how much the last prompt token attends to each candidate.
 
 Legend: T candidates, H query heads on this rank, K key/value heads on this rank, d head size.
 """

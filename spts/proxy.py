@@ -1,4 +1,4 @@
-"""LTP, low-rank transformation probing: which tokens an FFN changes most (spts.md, "LTP").
+"""LTP, low-rank transformation probing: which tokens an FFN changes most.
 
 Legend: T candidates, N calibration tokens, D width, F FFN inner size, C channels kept (D_low), r rank.
 """
@@ -52,7 +52,7 @@ class LayerProxy:
 def ffn_norms(
     y_TD: Tensor, proxy: LayerProxy, *, activation: Callable[[Tensor], Tensor], collective: Collective
 ) -> Tensor:
-    """C of spts.md: the estimated norm of every candidate's FFN output, float32 [T], for FFN inputs `y_TD`.
+    """LTP's C: the estimated norm of every candidate's FFN output, float32 [T], for FFN inputs `y_TD`.
 
     Every rank holds the whole proxy and scores its own slice of the candidates; the zero-padded slices are
     summed.

@@ -1,4 +1,4 @@
-"""SPTS as spts.md words it, slowly: every layer over all N tokens in float64, skipping by masks.
+"""SPTS as the paper words it, slowly: every layer over all N tokens in float64, skipping by masks.
 
 Independent of the code under test: it reads the weights of the transformers model and imports nothing that
 computes from `spts`. The tokens that run are taken from a trace, so that rounding cannot tip a near tie;

@@ -1,4 +1,4 @@
-"""Cost: the published tables, FLOP as torch counts them on the specification's products, short prompts."""
+"""Cost: the published tables, FLOP as torch counts them on the products written out, short prompts."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_published_ablation_at_32k():
 
 
 def _counted(shape: ModelShape, work: LayerWork, proxy: ProxyShape) -> dict[str, int]:
-    """FLOP that torch counts for one layer's products, written out from the specification."""
+    """FLOP that torch counts for one layer's products, written out from the paper's description."""
     h, d, rank = shape.num_heads, shape.head_dim, proxy.rank
     groups = h // shape.num_kv_heads
     w_q, w_o = torch.rand(shape.hidden_size, h * d), torch.rand(h * d, shape.hidden_size)

@@ -37,7 +37,7 @@ def _weight(linear: Any) -> np.ndarray:
 
 
 class NumpyProxy:
-    """spts.md's LTP for one layer: whole matrices of reduced rank, the output formed and then measured."""
+    """The paper's LTP for one layer: whole matrices of reduced rank, the output formed and then measured."""
 
     def __init__(self, mlp: Any, y_ND: np.ndarray, *, channels: int, rank: int, top_share: float) -> None:
         gate, up, down = _weight(mlp.gate_proj).T, _weight(mlp.up_proj).T, _weight(mlp.down_proj).T

@@ -49,7 +49,7 @@ def test_worked_example():
     assert [schedule.keep_tokens(layer) for layer in range(6)] == [None, None, None, 30, None, None]
 
 
-# The table "Published settings" of the specification, in units of 1024 tokens.
+# The published settings, in units of 1024 tokens; what is kept after a stage is M less what it prunes.
 @pytest.mark.parametrize(
     ("name", "num_layers", "first", "last_layers", "budgets", "kept"),
     [
