@@ -155,8 +155,8 @@ class NewToken:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """Rank 0's answer to a `Step`. refused: requests the model would not start, and why; nothing ran for
-    them."""
+    """Rank 0's answer to a `Step`. refused: requests that the model would not start or cannot go on with, and
+    why; the others are not touched."""
 
     tokens: tuple[NewToken, ...] = ()
     prefilled: Prefilled | None = None

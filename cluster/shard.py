@@ -241,7 +241,13 @@ class Shard:
         if request_id not in self._prefills:  # refused a moment ago
             return
         request, state = self._prefills[request_id]
-        if not self._loaded.advance(state, num_layers):
+        try:
+            done = self._loaded.advance(state, num_layers)
+        except SptsError as error:  # scores that are no numbers, found on every rank at once: see spts.select
+            del self._prefills[request_id]
+            answer.refused.append((request_id, EngineError("internal", str(error))))
+            return
+        if not done:
             return
         assert state.result is not None
         del self._prefills[request_id]

@@ -250,6 +250,21 @@ def test_logits_that_are_not_finite_end_their_own_request_only():
     assert [(token.request_id, token.token_id) for token in answer.tokens] == [("good", 1)]
 
 
+def test_a_prefill_that_overflows_ends_its_own_request_only():
+    class Overflowing:
+        def advance(self, state, num_layers):
+            raise spts.ModelError("scores_T must be numbers, got NaN", field="scores_T")
+
+    shard, answer = Shard(EngineConfig(model="none"), 0), _Answer()
+    shard._model = Overflowing()
+    shard._prefills["bad"] = (request("bad", (1,), Dense()), None)
+    shard._advance("bad", 2, answer)
+    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
+    assert shard._prefills == {}
+    shard._advance("bad", 2, answer)
+    assert len(answer.refused) == 1
+
+
 class Refused:
     """Faults that a rank finds before it reads a weight; no cluster is needed to see them."""
 
