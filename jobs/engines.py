@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from cluster import placement
 from cluster.config import EngineConfig
 from cluster.engine import start_engine, stop_engine
 from cluster.protocol import EngineError, EngineInfo, Request, Result
@@ -99,15 +100,13 @@ def _kind(error: Exception) -> str:
 
 def check_capacity(config: EngineConfig, count: int) -> None:
     """Raises ConfigError if the cluster can never hold the engines, instead of waiting for room."""
-    total = ray.cluster_resources()
-    kind, each = ("GPU", 1) if config.device == "cuda" else ("CPU", config.num_threads)
-    needed = count * config.tensor_parallel_size * each
-    if needed > total.get(kind, 0):
-        raise ConfigError(
-            f"engine must fit into the cluster's {total.get(kind, 0):g} {kind}s, got {count} engines of "
-            f"{config.tensor_parallel_size} ranks with {each} each = {needed}; use fewer, or add nodes",
-            field="engine",
-        )
+    bundles = placement.bundles(
+        world_size=config.tensor_parallel_size, device=config.device, num_threads=config.num_threads
+    )
+    try:
+        placement.check_fits(count * bundles, ray.cluster_resources())
+    except ConfigError as error:
+        raise ConfigError(f"engine.count x {error}", field="engine") from None
 
 
 async def start_engines(config: EngineConfig, count: int) -> tuple[list[RayEngine], EngineInfo]:

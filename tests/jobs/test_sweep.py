@@ -190,6 +190,8 @@ def test_more_engines_than_the_cluster_holds(config, write_config, monkeypatch, 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     config["engine"] = {"count": 2, "num_threads": 2}
     assert main(["--config", str(write_config(config))]) == 2
-    message = "engine must fit into the cluster's 2 CPUs, got 2 engines of 1 ranks with 2 each = 4"
+    message = (
+        "engine.count x tensor_parallel_size x num_threads must fit into the cluster's 2 CPU, got 4 CPU for 2"
+    )
     assert message in capsys.readouterr().err
     assert not (Path(config["output"]) / "plan.json").exists()
