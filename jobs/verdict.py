@@ -41,7 +41,7 @@ class Verdict:
 
     safe: predictions under the schedule agree with dense on at least `min_agreement`, and so do task scores
     relative to dense. safe_from_layer: from here on updates of the context change nothing, on texts and
-    tasks.
+    tasks. early: first_skip_layer is before that.
     lines: the same for a person.
     """
 
