@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,7 +256,8 @@ def test_a_prefill_that_overflows_ends_its_own_request_only():
         def advance(self, state, num_layers):
             raise spts.ModelError("scores_T must be numbers, got NaN", field="scores_T")
 
-    shard, answer = Shard(EngineConfig(model="none"), 0), _Answer()
+    shard: Any = Shard(EngineConfig(model="none"), 0)
+    answer = _Answer()
     shard._model = Overflowing()
     shard._prefills["bad"] = (request("bad", (1,), Dense()), None)
     shard._advance("bad", 2, answer)
