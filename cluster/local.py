@@ -68,6 +68,8 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[dict[str, str]]:
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *("--node-ip-address", HOST, "--port", str(port), "--ray-client-server-port", str(client_port)),
         *("--dashboard-host", HOST, "--dashboard-port", str(dashboard_port)),
+        # By default a fixed port: of two clusters on a machine, one would not accept jobs.
+        *("--dashboard-agent-listen-port", "0"),
         *("--min-worker-port", "0", "--max-worker-port", "0", "--temp-dir", str(folder)),
         *("--num-cpus", str(num_cpus or max(2, os.cpu_count() or 2))),
         *("--object-store-memory", str(OBJECT_STORE_BYTES)),
@@ -89,7 +91,11 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[dict[str, str]]:
 
 def _wait_until_started(head: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while "Ray runtime started" not in (text := log.read_text(errors="replace")):
+    # Jobs are run by the node's agent, which may come up after the rest and then puts its port into a file.
+    agent = "session_latest/dashboard_agent_listen_port_*"
+    while "Ray runtime started" not in (text := log.read_text(errors="replace")) or not any(
+        log.parent.glob(agent)
+    ):
         if head.poll() is not None or time.monotonic() > deadline:
             state = f"exited with {head.returncode}" if head.poll() is not None else "did not start in time"
             raise RuntimeError(f"the local Ray head {state}; its last words:\n{text[-2000:]}")

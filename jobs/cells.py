@@ -18,7 +18,7 @@ from spts.errors import ConfigError, ProxyError
 from spts.methods import METHODS, Method
 from spts.schedule import Schedule
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +119,12 @@ def _cells(
     sweep: Sweep, name: str, fingerprint: str, tokenizer: str, shape: ModelShape, proxies: _Proxies | None
 ) -> list[Cell]:
     cells = []
-    for spec in sweep.methods:
+    for index, spec in enumerate(sweep.methods):
         for length in sweep.lengths:
-            method = spec.at(num_layers=shape.num_layers, length=length)
+            try:
+                method = spec.at(num_layers=shape.num_layers, length=length)
+            except ConfigError as error:
+                raise ConfigError(f"methods.{index}: {error}", field=f"methods.{index}") from None
             if method.needs_proxies and proxies is not None:
                 proxies.check(method.schedule_for(shape.num_layers))
             for task_name in sweep.tasks:
@@ -182,10 +185,10 @@ class _Proxies:
 
 def _tokenizer_fingerprint(folder: Path) -> str:
     """sha256 over the tokenizer's files."""
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not files:
+    if not (folder / _TOKENIZER_FILES[0]).is_file():
         raise ConfigError(
-            f"model must hold a tokenizer ({_TOKENIZER_FILES[0]}), got none in {folder}; save one there",
+            f"model must hold {_TOKENIZER_FILES[0]}, got none in {folder}; save its tokenizer there",
             field="model",
         )
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()

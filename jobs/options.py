@@ -29,7 +29,7 @@ def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:
     Raises ConfigError naming the file and the key.
     """
     if choice in PRESETS:
-        return _scaled(choice, num_layers, num_tokens)
+        return Schedule.preset(choice, num_layers=num_layers, num_tokens=num_tokens)
     path = Path(choice)
     if not path.is_file():
         raise ConfigError(
@@ -59,7 +59,9 @@ def schedule_from(data: object, *, num_layers: int, num_tokens: int) -> Schedule
             raise ConfigError(
                 f"schedule.scaled must be true or false, got {scaled!r}; correct it", field="schedule"
             )
-        return _scaled(name, num_layers, num_tokens) if scaled else Schedule.preset(name)
+        if scaled:
+            return Schedule.preset(name, num_layers=num_layers, num_tokens=num_tokens)
+        return Schedule.preset(name)
     own = {key: value for key, value in data.items() if key != "reference_tokens"}
     schedule = Schedule.from_dict(own)
     if "reference_tokens" not in data:
@@ -67,12 +69,6 @@ def schedule_from(data: object, *, num_layers: int, num_tokens: int) -> Schedule
     require_int("schedule.reference_tokens", data["reference_tokens"], minimum=1)
     return schedule.scaled(
         num_layers=num_layers, num_tokens=num_tokens, reference_tokens=data["reference_tokens"]
-    )
-
-
-def _scaled(preset: str, num_layers: int, num_tokens: int) -> Schedule:
-    return Schedule.preset(preset).scaled(
-        num_layers=num_layers, num_tokens=num_tokens, reference_tokens=PRESETS[preset].reference_tokens
     )
 
 

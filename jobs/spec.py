@@ -95,14 +95,14 @@ class Sweep(Strict):
     """
 
     name: str = Field(min_length=1, max_length=80)
-    model: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    model: Annotated[tuple[str, ...], Field(strict=False)]
     proxies: str | None = None
     engine: EngineSpec = EngineSpec()
-    methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1, strict=False)]
-    tasks: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, strict=False)]
-    samples: Annotated[int, Field(ge=1)] | dict[int, Annotated[int, Field(ge=1)]]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (0,)
+    methods: Annotated[tuple[MethodSpec, ...], Field(strict=False)]
+    tasks: Annotated[tuple[str, ...], Field(strict=False)]
+    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
+    samples: int | dict[int, int]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = (0,)
     output: str = Field(min_length=1)
     sample_timeout_s: float = Field(default=600.0, gt=0)
     attempts: int = Field(default=3, ge=1)
@@ -112,11 +112,26 @@ class Sweep(Strict):
     def _one_model_is_a_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("model", "tasks", "lengths", "seeds")
+    @field_validator("samples", mode="before")
     @classmethod
-    def _no_duplicates(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+    def _samples_are_counts(cls, value: object) -> object:
+        counts = value if isinstance(value, dict) else {"": value}
+        for length, count in counts.items():
+            where = f"samples.{length}" if isinstance(value, dict) else "samples"
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(
+                    f"{where} must be an integer of at least 1, or a mapping from length to one, "
+                    f"got {count!r}; correct it"
+                )
+        return value
+
+    @field_validator("model", "methods", "tasks", "lengths", "seeds")
+    @classmethod
+    def _some_and_no_duplicates(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError(f"{info.field_name} must list at least one value, got []; add one")
         twice = next((one for one in value if value.count(one) > 1), None)
-        if twice is not None:
+        if twice is not None and info.field_name != "methods":  # those have labels
             raise ValueError(f"{info.field_name} must list each value once, got {twice!r} twice; remove one")
         return value
 

@@ -36,7 +36,8 @@ class Estimate:
 def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Mean of scores in 0..1: Wilson's interval if every score is 0 or 1, else the percentile bootstrap.
 
-    Wilson keeps a width where all scores are equal: 20 right answers of 20 give 0.839 to 1.
+    Wilson keeps a width where all scores are equal: 20 right answers of 20 give 0.839 to 1. Other equal
+    scores have it too, as if their mean were a share of right answers: no score in 0..1 varies more.
 
     Raises:
         ValueError: no scores.
@@ -50,6 +51,9 @@ def mean_interval(scores: Sequence[float], *, confidence: float = 0.95, seed: in
         return Estimate(
             value=mean, low=float(interval.low), high=float(interval.high), count=count, interval="wilson"
         )
+    if np.ptp(values) == 0:  # nothing to resample, which is no certainty
+        low, high = _bounded(mean, count, confidence)
+        return Estimate(value=mean, low=low, high=high, count=count, interval="wilson")
     low, high = _bootstrap(values, confidence, seed)
     return Estimate(value=mean, low=low, high=high, count=count, interval="bootstrap")
 
@@ -61,7 +65,8 @@ def paired_difference(
 
     If every difference is -1, 0 or 1, the interval is Agresti and Min's (Statistics in Medicine 24, 2005):
     Wald's after adding half a pair to each of the four outcomes, so that it keeps a width where the two
-    always agree. Else the percentile bootstrap over pairs.
+    always agree. Else the percentile bootstrap over pairs; or, where all differences are equal, Wilson's
+    on the scale from -1 to 1.
 
     Raises:
         ValueError: no pairs, or not as many scores as baselines.
@@ -76,8 +81,19 @@ def paired_difference(
         better, worse = int((differences == 1).sum()), int((differences == -1).sum())
         low, high = _agresti_min(better, worse, count, confidence)
         return Estimate(value=mean, low=low, high=high, count=count, interval="agresti-min")
+    if np.ptp(differences) == 0:
+        low, high = (2 * end - 1 for end in _bounded((mean + 1) / 2, count, confidence))
+        return Estimate(value=mean, low=low, high=high, count=count, interval="wilson")
     low, high = _bootstrap(differences, confidence, seed)
     return Estimate(value=mean, low=low, high=high, count=count, interval="bootstrap")
+
+
+def _bounded(mean: float, count: int, confidence: float) -> tuple[float, float]:
+    """Wilson's interval for a mean in 0..1 that need not be a whole number of successes."""
+    z2 = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2
+    centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
+    margin = math.sqrt(z2 * (mean * (1 - mean) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return centre - margin, centre + margin
 
 
 def _agresti_min(better: int, worse: int, count: int, confidence: float) -> tuple[float, float]:
@@ -89,8 +105,6 @@ def _agresti_min(better: int, worse: int, count: int, confidence: float) -> tupl
 
 
 def _bootstrap(values: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
-    if np.ptp(values) == 0:  # nothing to resample: scipy would answer NaN
-        return float(values[0]), float(values[0])
     result = stats.bootstrap(
         (values,),
         np.mean,

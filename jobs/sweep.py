@@ -31,7 +31,7 @@ from jobs.report import terminal, write_report
 from jobs.runner import EnginesLostError, Limits, Runner
 from jobs.spec import Sweep, load_sweep, output_folder
 from jobs.summary import load
-from jobs.work import Tokenizer, Work, prepare
+from jobs.work import Prompts, Work, prepare
 from spts.cost import dense_flops
 from spts.errors import SptsError
 
@@ -62,8 +62,8 @@ def _main(options: argparse.Namespace) -> int:
     plans = plan_models(sweep)
     started = time.perf_counter()
     _say(f"sweep {sweep.name}: making the prompts")
-    tokenizers = {plan.name: Tokenizer(plan.folder) for plan in plans}
-    work = {plan.name: prepare(plan, tokenizers[plan.name]) for plan in plans}
+    prompts = {plan.name: Prompts(plan.folder) for plan in plans}
+    work = {plan.name: prepare(plan, prompts[plan.name]) for plan in plans}
     _say(f"{sum(map(len, work.values()))} samples in {clock_time(time.perf_counter() - started)}")
     _say_costs(plans, work)
     if options.dry_run:
@@ -82,9 +82,7 @@ def _main(options: argparse.Namespace) -> int:
                     if left[plan.name]:
                         already = len(work[plan.name]) - len(left[plan.name])
                         asyncio.run(
-                            _run(
-                                sweep, plan, left[plan.name], already, tokenizers[plan.name], folder, options
-                            )
+                            _run(sweep, plan, left[plan.name], already, prompts[plan.name], folder, options)
                         )
             finally:
                 failed = _report(folder)
@@ -138,7 +136,7 @@ async def _run(
     plan: ModelPlan,
     work: list[Work],
     already: int,
-    tokenizer: Tokenizer,
+    prompts: Prompts,
     folder: Path,
     options: argparse.Namespace,
 ) -> None:
@@ -162,7 +160,7 @@ async def _run(
             in_flight=sweep.engine.in_flight, timeout_s=sweep.sample_timeout_s, attempts=sweep.attempts
         )
         runner = Runner(
-            folder=folder, run_id=run_id, limits=limits, decode=tokenizer.decode, on_row=progress.on_row
+            folder=folder, run_id=run_id, limits=limits, decode=prompts.decode, on_row=progress.on_row
         )
         await runner.run(work, engines)
     finally:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from cluster.tokenizer import TextTokenizer
 from jobs.cells import Cell, ModelPlan
 from jobs.record import CellRecord, PlannedSample, sample_key
 from jobs.tasks import Sample, get_task
@@ -31,33 +31,27 @@ class Work:
     flops: float
 
 
-class Tokenizer:
-    """A model folder's own tokenizer, without any code of the folder."""
+class Prompts:
+    """A model folder's tokenizer, the one that also serves it, so that a swept prompt is a served prompt."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-        self._tokenizer.model_max_length = int(
-            1e12
-        )  # we check lengths ourselves, with an error, not a warning
+        self._text = TextTokenizer(folder)
+        # The lines of a haystack come again in sample after sample.
         self.count = lru_cache(maxsize=200_000)(self._count)
 
     def _count(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False))
+        return len(self._text.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with the special tokens that the tokenizer puts around a text."""
-        return tuple(self._tokenizer.encode(prompt))
+        """Token ids of a prompt, with whatever the tokenizer adds to one."""
+        return self._text.encode(prompt)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of an answer, without special tokens."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._text.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def prepare(plan: ModelPlan, tokenizer: Tokenizer) -> list[Work]:
+def prepare(plan: ModelPlan, prompts: Prompts) -> list[Work]:
     """Every answer that a model's cells want, longest first, the same sample's methods side by side.
 
     Raises ConfigError when a length has no room for a task, or a prompt with its answer exceeds the context.
@@ -68,7 +62,7 @@ def prepare(plan: ModelPlan, tokenizer: Tokenizer) -> list[Work]:
         content = cell.record.content
         key = (cell.record.task, cell.record.length, int(content["seed"]), cell.count)
         if key not in samples:
-            samples[key] = _samples(*key, tokenizer)
+            samples[key] = _samples(*key, prompts)
         for index, (sample, token_ids) in enumerate(samples[key]):
             work.append((index, _work(plan, cell, sample, token_ids)))
     work.sort(key=lambda one: (-one[1].cell.length, one[0]))
@@ -76,10 +70,10 @@ def prepare(plan: ModelPlan, tokenizer: Tokenizer) -> list[Work]:
 
 
 def _samples(
-    task: str, length: int, seed: int, count: int, tokenizer: Tokenizer
+    task: str, length: int, seed: int, count: int, prompts: Prompts
 ) -> list[tuple[Sample, tuple[int, ...]]]:
-    made = get_task(task).samples(tokenizer.count, length=length, count=count, seed=seed)
-    return [(sample, tokenizer.encode(sample.prompt)) for sample in made]
+    made = get_task(task).samples(prompts.count, length=length, count=count, seed=seed)
+    return [(sample, prompts.encode(sample.prompt)) for sample in made]
 
 
 def _work(plan: ModelPlan, cell: Cell, sample: Sample, token_ids: tuple[int, ...]) -> Work:

@@ -87,13 +87,14 @@ class DecoderLayer:
         method: Method,
         active_tokens: int | None,
         keep_tokens: int | None,
+        recent_tokens: int,
         trace: bool,
     ) -> tuple[LayerWork, LayerTrace | None]:
         """Runs the layer on the candidates in `stream`, in place, and fills `cache` with the active tokens.
 
         `active_tokens` is the budget of the attention and of the FFN, None for all; `keep_tokens` the number
-        of candidates left afterwards, None for all. Budgets of at least T cost nothing extra: the layer runs
-        dense.
+        of candidates left afterwards, None for all; both include the last `recent_tokens`. Budgets of at
+        least T cost nothing extra: the layer runs dense.
         """
         num_candidates = stream.x_TD.shape[0]
         num_active = min(active_tokens or num_candidates, num_candidates)
@@ -104,13 +105,15 @@ class DecoderLayer:
 
         attention_M = ffn_M = None
         if skips:
-            attention_M = select(method.attention_scores(signals), num_active, self.collective)
+            attention_M = select(
+                method.attention_scores(signals), num_active, self.collective, recent=recent_tokens
+            )
         self._attend(stream, signals, attention_M, cache)
         if skips:
-            ffn_M = select(method.ffn_scores(signals), num_active, self.collective)
+            ffn_M = select(method.ffn_scores(signals), num_active, self.collective, recent=recent_tokens)
         self._feed_forward(stream, signals, ffn_M)
         if cuts:
-            stream.cut(select(method.prune_scores(signals), num_kept, self.collective))
+            stream.cut(select(method.prune_scores(signals), num_kept, self.collective, recent=recent_tokens))
 
         work = LayerWork(
             candidates=num_candidates,

@@ -169,6 +169,7 @@ class SptsModel:
                 method=state.method,
                 active_tokens=state.schedule.active_tokens(layer.index),
                 keep_tokens=state.schedule.keep_tokens(layer.index),
+                recent_tokens=state.schedule.recent_tokens,
                 trace=state.tracing,
             )
             state.work.append(work)

@@ -49,6 +49,10 @@ class Schedule:
     larger than the budget of its own stage (the paper's wording leaves that open), and a budget larger than
     the candidates left means that its layers run dense.
 
+    `recent_tokens`: that many last tokens of the prompt are always active and never cut, within the budgets.
+    The paper has 1. More help where the answer's later tokens read the question in deep layers, which the
+    last prompt token itself need not do (docs/results.md).
+
     Worked example, 6 layers and a prompt of 100 tokens:
 
         Schedule(num_layers=6, first_skip_layer=2,
@@ -65,9 +69,11 @@ class Schedule:
     num_layers: int
     first_skip_layer: int
     stages: tuple[Stage, ...]
+    recent_tokens: int = 1
 
     def __post_init__(self) -> None:
         require_int("num_layers", self.num_layers, minimum=1)
+        require_int("recent_tokens", self.recent_tokens, minimum=1)
         require_int("first_skip_layer", self.first_skip_layer, minimum=0)
         if not isinstance(self.stages, tuple) or not all(isinstance(stage, Stage) for stage in self.stages):
             raise config_error(
@@ -124,6 +130,14 @@ class Schedule:
                     f"{stage.keep_tokens} after {kept}",
                     f"use {kept} or less, or null for no cut",
                 )
+            for name, tokens in (("active_tokens", stage.active_tokens), ("keep_tokens", stage.keep_tokens)):
+                if tokens is not None and tokens < self.recent_tokens:
+                    raise config_error(
+                        f"{where}.{name}",
+                        f"be at least recent_tokens = {self.recent_tokens}",
+                        tokens,
+                        "the last tokens of a prompt are part of every choice",
+                    )
             first_free, budget = stage.last_layer + 1, stage.active_tokens
             kept = kept if stage.keep_tokens is None else stage.keep_tokens
 
@@ -133,19 +147,29 @@ class Schedule:
         return cls(num_layers=num_layers, first_skip_layer=num_layers, stages=())
 
     @classmethod
-    def preset(cls, name: str) -> Schedule:
-        """A named schedule, at its own depth and reference length (`PRESETS[name].reference_tokens`).
+    def preset(cls, name: str, *, num_layers: int | None = None, num_tokens: int | None = None) -> Schedule:
+        """A named schedule, for `num_layers` layers and prompts of `num_tokens`; None = as published.
 
-        Raises ConfigError listing the known names.
+        Raises ConfigError listing the known names, or as `scaled` does.
         """
         if name not in PRESETS:
             raise config_error("preset", f"be one of {', '.join(PRESETS)}", repr(name), "choose one of them")
-        return PRESETS[name].schedule
+        preset = PRESETS[name]
+        return preset.schedule.scaled(
+            num_layers=num_layers,
+            num_tokens=preset.reference_tokens if num_tokens is None else num_tokens,
+            reference_tokens=preset.reference_tokens,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> Schedule:
         """The inverse of `to_dict`. Unknown and missing keys are refused by name (ConfigError)."""
-        check_keys("schedule", data, required=("num_layers", "first_skip_layer", "stages"))
+        check_keys(
+            "schedule",
+            data,
+            required=("num_layers", "first_skip_layer", "stages"),
+            optional=("recent_tokens",),
+        )
         raw_stages = data["stages"]
         if not isinstance(raw_stages, list | tuple):
             raise config_error(
@@ -171,6 +195,7 @@ class Schedule:
             "num_layers": self.num_layers,
             "first_skip_layer": self.first_skip_layer,
             "stages": [asdict(stage) for stage in self.stages],
+            "recent_tokens": self.recent_tokens,
         }
 
     def scaled(
@@ -185,6 +210,8 @@ class Schedule:
         - first_skip_layer scales with depth and rounds up: the share of layers that run dense never falls;
         - the layer after each stage scales with depth and rounds half up;
         - budgets and cuts scale by num_tokens / reference_tokens, round half up, and are at least 1;
+        - recent_tokens stays, since a question after a short document is as long, but is at most the smallest
+          budget or cut;
         - a stage left without layers vanishes, and its cut passes to the stage that now ends at the same
           layer, so that later layers see as few candidates as they were meant to. Without such a stage the
           cut is dropped.
@@ -225,7 +252,13 @@ class Schedule:
                 stages[-1] = replace(stages[-1], keep_tokens=keep)
         if not stages:
             return Schedule.dense(depth)
-        return Schedule(num_layers=depth, first_skip_layer=first_skip_layer, stages=tuple(stages))
+        smallest = min(min(stage.active_tokens, stage.keep_tokens or stage.active_tokens) for stage in stages)
+        return Schedule(
+            num_layers=depth,
+            first_skip_layer=first_skip_layer,
+            stages=tuple(stages),
+            recent_tokens=min(self.recent_tokens, smallest),
+        )
 
     def active_tokens(self, layer: int) -> int | None:
         """Budget M of layer `layer` (0-based), or None when it runs all its candidates."""
@@ -291,7 +324,11 @@ class Preset:
 
 
 def _preset(
-    num_layers: int, first_skip_layer: int, reference_tokens: int, *stages: tuple[int, int, int]
+    num_layers: int,
+    first_skip_layer: int,
+    reference_tokens: int,
+    *stages: tuple[int, int, int],
+    recent_tokens: int = 1,
 ) -> Preset:
     return Preset(
         schedule=Schedule(
@@ -301,6 +338,7 @@ def _preset(
                 Stage(last_layer=last_layer, active_tokens=active, keep_tokens=keep)
                 for last_layer, active, keep in stages
             ),
+            recent_tokens=recent_tokens,
         ),
         reference_tokens=reference_tokens,
     )
@@ -316,5 +354,5 @@ PRESETS: Mapping[str, Preset] = {
     "openpangu-1b": _preset(
         26, 11, 32 * K, (13, 13 * K, 11 * K), (16, 10 * K, 8 * K), (19, 7 * K, 5 * K), (22, 4 * K, 2 * K)
     ),
-    "demo-12l": _preset(12, 4, 4 * K, (6, 1024, 640), (8, 512, 320), (10, 256, 160)),
+    "demo-12l": _preset(12, 4, 4 * K, (6, 1024, 640), (8, 512, 320), (10, 256, 160), recent_tokens=32),
 }

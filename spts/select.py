@@ -1,4 +1,4 @@
-"""Scores to kept indices: budget, forced last token, tie rule and order, the same for every method.
+"""Scores to kept indices: budget, forced last tokens, tie rule and order, the same for every method.
 
 Shape suffixes: T candidates, M active (kept) tokens.
 """
@@ -14,15 +14,16 @@ from spts.errors import ModelError
 _REFUSED = -1
 
 
-def select(scores_T: Tensor, budget: int, collective: Collective) -> Tensor:
-    """Indices of the `budget` highest scores, ascending, always with the last candidate among them.
+def select(scores_T: Tensor, budget: int, collective: Collective, *, recent: int = 1) -> Tensor:
+    """Indices of the `budget` highest scores, ascending, always with the last `recent` candidates among them.
 
-    The last candidate is the last token of the prompt, whose output is the answer; it takes one place of the
-    budget whatever its score. Of equal scores the lower index wins (`torch.topk` promises no order on ties).
-    Rank 0 decides for the whole group: were two ranks to choose different rows, their row-parallel sums would
-    mix them silently.
+    The last candidate is the last token of the prompt, whose output is the answer; it and the recent ones
+    take places of the budget whatever their scores. Of equal scores the lower index wins (`torch.topk`
+    promises no order on ties). Rank 0 decides for the whole group: were two ranks to choose different rows,
+    their row-parallel sums would mix them silently.
 
-    scores_T: [T] floating point, higher = keep; infinities are numbers, NaN is not. budget: M >= 1, tokens.
+    scores_T: [T] floating point, higher = keep; infinities are numbers, NaN is not. budget: M >= recent,
+    tokens. recent: at least 1, tokens.
     Returns kept_M: [min(budget, T)] int64 on the device of scores_T.
     Raises ModelError on every rank when a score of rank 0 is NaN.
 
@@ -35,12 +36,13 @@ def select(scores_T: Tensor, budget: int, collective: Collective) -> Tensor:
     """
     assert scores_T.ndim == 1, scores_T.shape
     assert scores_T.is_floating_point(), scores_T.dtype
-    assert budget >= 1, budget
+    assert 1 <= recent <= budget, (recent, budget)
     num_candidates = scores_T.shape[0]
-    num_kept = min(budget, num_candidates)
+    num_kept, num_recent = min(budget, num_candidates), min(recent, num_candidates)
     if collective.rank == 0:
-        ranked = torch.sort(scores_T[:-1], descending=True, stable=True).indices[: num_kept - 1]
-        last = ranked.new_full((1,), num_candidates - 1)
+        earlier_T = scores_T[: num_candidates - num_recent]
+        ranked = torch.sort(earlier_T, descending=True, stable=True).indices[: num_kept - num_recent]
+        last = torch.arange(num_candidates - num_recent, num_candidates, device=ranked.device)
         kept_M = torch.cat((ranked.sort().values, last))
         # Refused through the broadcast itself: an error on rank 0 alone would leave the others waiting.
         kept_M = torch.where(scores_T.isnan().any(), _REFUSED, kept_M)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from pathlib import Path
+from typing import Any
 
 from jobs import provenance
 from jobs.record import CellRecord, Plan, PlannedSample, Row, RowWriter, content_hash, sample_key, write_plan
@@ -82,7 +83,7 @@ def write_results(
 
 
 def _row(planned: PlannedSample, method: str, text: str, error: str | None, rng: random.Random) -> Row:
-    start = {
+    start: dict[str, Any] = {
         "key": planned.key,
         "cell": planned.cell,
         "sample": planned.sample,

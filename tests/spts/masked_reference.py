@@ -56,6 +56,7 @@ class MaskedReference:
     ) -> Reference:
         """Replays the choices in `trace` and asserts of each: size, order, last token, top of the scores."""
         num_tokens = len(token_ids)
+        recent = schedule.recent_tokens
         x_ND = self.model.model.embed_tokens(torch.tensor(token_ids))
         alive_N = torch.ones(num_tokens, dtype=torch.bool)
         layers = []
@@ -66,20 +67,20 @@ class MaskedReference:
             h_ND = self._norm(block.input_layernorm, x_ND)
             q_NHd, k_NKd, v_NKd = self._project(block.self_attn, h_ND)
             probe_N = self._probe(q_NHd[-1], k_NKd, alive_N)
-            attends_N = self._chosen(chosen.attention_tokens, alive_N, schedule.active_tokens(index))
+            attends_N = self._chosen(chosen.attention_tokens, alive_N, schedule.active_tokens(index), recent)
             scores_N = probe_N if method == "spts" else torch.arange(num_tokens, dtype=torch.float64)
             if method != "random":
-                _assert_top(scores_N, attends_N, alive_N)
+                _assert_top(scores_N, attends_N, alive_N, recent)
             x_ND = x_ND + self._attention(block.self_attn, q_NHd, k_NKd, v_NKd, attends_N)
 
             y_ND = self._norm(block.post_attention_layernorm, x_ND)
-            feeds_N = self._chosen(chosen.ffn_tokens, alive_N, schedule.active_tokens(index))
+            feeds_N = self._chosen(chosen.ffn_tokens, alive_N, schedule.active_tokens(index), recent)
             ffn_N = None
             if method == "spts" and feeds_N.sum() < alive_N.sum():
                 ffn_N = probe_N * self._proxy_norm(index, block.mlp, y_ND)
-                _assert_top(ffn_N, feeds_N, alive_N)
+                _assert_top(ffn_N, feeds_N, alive_N, recent)
             elif method == "recency":
-                _assert_top(scores_N, feeds_N, alive_N)
+                _assert_top(scores_N, feeds_N, alive_N, recent)
             x_ND = x_ND + feeds_N[:, None] * self._ffn(block.mlp, y_ND)
 
             if index + 1 < len(trace):
@@ -89,9 +90,9 @@ class MaskedReference:
                 expected = int(alive_N.sum()) if keep is None else min(keep, int(alive_N.sum()))
                 assert int(left_N.sum()) == expected
                 assert not (left_N & ~alive_N).any(), "a pruned token came back"
-                assert left_N[-1]
+                assert left_N[-recent:].all()
                 if method != "random":
-                    _assert_top(scores_N, left_N, alive_N)
+                    _assert_top(scores_N, left_N, alive_N, recent)
             else:
                 left_N = alive_N
             layers.append(
@@ -124,10 +125,11 @@ class MaskedReference:
         out: Tensor = x @ linear.weight.T
         return out if linear.bias is None else out + linear.bias
 
-    def _chosen(self, tokens: Tensor, alive_N: Tensor, budget: int | None) -> Tensor:
+    def _chosen(self, tokens: Tensor, alive_N: Tensor, budget: int | None, recent: int) -> Tensor:
         ascending = tokens.tolist()
         assert ascending == sorted(set(ascending))
-        assert ascending[-1] == alive_N.shape[0] - 1, "the last token is always active"
+        last = list(range(alive_N.shape[0]))[-recent:]
+        assert ascending[-len(last) :] == last, "the recent tokens are always active"
         alive = int(alive_N.sum())
         assert len(ascending) == (alive if budget is None else min(budget, alive))
         mask_N = torch.zeros_like(alive_N)
@@ -193,11 +195,11 @@ class MaskedReference:
         return ((gate * gate.sigmoid() * up) @ proxy.down_Cr.double()).norm(dim=-1)
 
 
-def _assert_top(scores_N: Tensor, chosen_N: Tensor, alive_N: Tensor) -> None:
-    """No token left out scores above a chosen one, the forced last one and float32's rounding aside."""
+def _assert_top(scores_N: Tensor, chosen_N: Tensor, alive_N: Tensor, recent: int) -> None:
+    """No token left out scores above a chosen one, the forced last ones and float32's rounding aside."""
     left_out_N = alive_N & ~chosen_N
     free_N = chosen_N.clone()
-    free_N[-1] = False
+    free_N[-recent:] = False
     if left_out_N.any() and free_N.any():
         best, worst = float(scores_N[left_out_N].max()), float(scores_N[free_N].min())
         assert best <= worst * (1 + 1e-4) + 1e-12, (best, worst)

@@ -47,6 +47,7 @@ def _run_layer(
             method=method,
             active_tokens=active,
             keep_tokens=keep,
+            recent_tokens=1,
             trace=True,
         )
     assert trace is not None
@@ -200,6 +201,7 @@ def test_ranks_exchange_scores_and_choices_and_nothing_else(model):
             method=Spts(schedule=_one_stage(1, None)),
             active_tokens=9,
             keep_tokens=7,
+            recent_tokens=1,
             trace=False,
         )
     assert group.calls == [

@@ -32,6 +32,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
             Stage(last_layer=end, active_tokens=budget, keep_tokens=draw(st.sampled_from([cut, None])))
             for end, budget, cut in zip(ends, budgets, cuts, strict=True)
         ),
+        recent_tokens=draw(st.integers(1, min(*budgets, *cuts))),
     )
 
 
@@ -238,4 +239,28 @@ def test_equal_schedules_are_one_key():
     assert (
         len({Schedule.preset("llama-3.1-8b"), Schedule.from_dict(Schedule.preset("llama-3.1-8b").to_dict())})
         == 1
+    )
+
+
+def test_recent_tokens_fit_every_choice_and_stay_when_scaled():
+    demo = Schedule.preset("demo-12l")
+    assert demo.recent_tokens == 32
+    assert Schedule.preset("demo-12l", num_tokens=8192).recent_tokens == 32
+    assert Schedule.preset("demo-12l", num_tokens=256).recent_tokens == 10  # the last cut: 160 * 256 / 4096
+    assert Schedule.preset("llama-3.1-8b").recent_tokens == 1  # the paper's
+    with pytest.raises(ConfigError, match=r"stages\[0\].keep_tokens must be at least recent_tokens = 9"):
+        Schedule(
+            num_layers=2,
+            first_skip_layer=0,
+            stages=(Stage(last_layer=1, active_tokens=9, keep_tokens=8),),
+            recent_tokens=9,
+        )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_scales_by_its_own_reference(name):
+    preset = PRESETS[name]
+    assert Schedule.preset(name) == preset.schedule
+    assert Schedule.preset(name, num_layers=8, num_tokens=1000) == preset.schedule.scaled(
+        num_layers=8, num_tokens=1000, reference_tokens=preset.reference_tokens
     )

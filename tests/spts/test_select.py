@@ -16,10 +16,10 @@ from spts.errors import ModelError
 from spts.select import select
 
 
-def slow_select(scores: np.ndarray, budget: int) -> list[int]:
-    """The rule read aloud: the last one, then one by one the best of the rest, the first of equals."""
-    kept = [len(scores) - 1]
-    rest = list(range(len(scores) - 1))
+def slow_select(scores: np.ndarray, budget: int, recent: int = 1) -> list[int]:
+    """The rule read aloud: the last ones, then one by one the best of the rest, the first of equals."""
+    kept = list(range(len(scores)))[-recent:]
+    rest = list(range(len(scores) - len(kept)))
     while rest and len(kept) < budget:
         best = rest[0]
         for index in rest:
@@ -44,10 +44,16 @@ tied_scores = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(tied_scores, st.integers(1, 45), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_equals_the_slow_oracle_on_ties(scores, budget, dtype):
-    kept_M = select(torch.tensor(scores, dtype=dtype), budget, Local())
-    assert kept_M.tolist() == slow_select(np.array(scores), budget)
+@given(
+    tied_scores,
+    st.integers(1, 45),
+    st.integers(1, 45),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_equals_the_slow_oracle_on_ties(scores, budget, recent, dtype):
+    recent = min(recent, budget)
+    kept_M = select(torch.tensor(scores, dtype=dtype), budget, Local(), recent=recent)
+    assert kept_M.tolist() == slow_select(np.array(scores), budget, recent)
 
 
 @pytest.mark.parametrize("num_candidates", [1, 2, 63, 500, 1000])

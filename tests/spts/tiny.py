@@ -106,7 +106,13 @@ def random_schedule(draw: random.Random, *, layers: int, num_tokens: int) -> Sch
         keep = draw.choice([None, draw.randint(max(1, kept // 3), kept)])
         stages.append(Stage(last_layer=end, active_tokens=budget, keep_tokens=keep))
         kept = keep or kept
-    return Schedule(num_layers=layers, first_skip_layer=first, stages=tuple(stages))
+    smallest = min(budget, kept)
+    return Schedule(
+        num_layers=layers,
+        first_skip_layer=first,
+        stages=tuple(stages),
+        recent_tokens=draw.choice([1, draw.randint(1, smallest)]),
+    )
 
 
 def ample_schedule(layers: int, num_tokens: int) -> Schedule:

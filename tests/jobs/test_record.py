@@ -1,0 +1,166 @@
+"""Files that survive a kill at any byte, and readers that say which file is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from jobs import provenance, record
+from jobs.record import Row, RowWriter, read_plan, read_rows, write_plan
+from spts.errors import ConfigError
+from tests.jobs.made_up import write_results
+
+
+def row(key: str, **changes) -> Row:
+    fields = {
+        "cell": "c",
+        "sample": "s",
+        "engine": "engine-0",
+        "run": "r",
+        "attempts": 1,
+        "finished_unix_s": 1.5,
+    }
+    return Row(key=key, **{**fields, "text": "a\nb é \udcff", "token_ids": (1, 2), **changes})
+
+
+def write(folder, rows, engine="engine-0"):
+    with RowWriter(folder, engine) as writer:
+        for one in rows:
+            writer.write(one)
+
+
+def test_what_is_written_is_read(tmp_path):
+    rows = [row("a"), row("b", text=None, token_ids=None, error="deadline: late"), row("c", flops=1e18)]
+    write(tmp_path, rows)
+    assert read_rows(tmp_path) == {one.key: one for one in rows}
+
+
+def test_a_file_cut_at_any_byte_loses_only_the_row_that_was_being_written(tmp_path):
+    rows = [row("a"), row("b"), row("c")]
+    write(tmp_path, rows)
+    path = tmp_path / "rows" / "engine-0.jsonl"
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        # A row is there as soon as its last brace is, its newline or not.
+        expected = [one.key for one, end in zip(rows, ends, strict=True) if cut >= end - 1]
+        assert list(read_rows(tmp_path)) == expected
+        write(tmp_path, [row("d")])
+        assert list(read_rows(tmp_path)) == [*expected, "d"]
+        assert path.read_bytes().endswith(b"}\n")
+
+
+def test_a_row_is_on_disk_when_write_returns(tmp_path):
+    with RowWriter(tmp_path, "engine-0") as writer:
+        writer.write(row("a"))
+        assert list(read_rows(tmp_path)) == ["a"]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    write(tmp_path, [row("a"), row("b")])
+    path = tmp_path / "rows" / "engine-0.jsonl"
+    path.write_bytes(b'{"key": \n' + path.read_bytes())
+    with pytest.raises(ConfigError, match=r"engine-0.jsonl:1 must be one JSON object a line"):
+        read_rows(tmp_path)
+
+
+def test_rows_of_another_schema_are_refused(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "x.jsonl").write_text(json.dumps({"key": "a", "colour": "red"}) + "\n")
+    with pytest.raises(ConfigError, match=r"keys of schema 1, got other .*'colour'"):
+        read_rows(tmp_path)
+
+
+def test_a_retried_sample_counts_once_and_without_its_error(tmp_path):
+    write(tmp_path, [row("a", error="x", text=None)], "engine-0")
+    write(tmp_path, [row("a")], "engine-1")
+    write(tmp_path, [row("b")], "engine-0")
+    write(tmp_path, [row("b", error="later")], "engine-1")
+    assert {key: one.error for key, one in read_rows(tmp_path).items()} == {"a": None, "b": None}
+
+
+def test_nan_is_refused_before_anything_is_written(tmp_path):
+    with RowWriter(tmp_path, "engine-0") as writer, pytest.raises(ValueError, match="JSON"):
+        writer.write(row("a", flops=float("nan")))
+    assert read_rows(tmp_path) == {}
+
+
+def test_plan_round_trip(tmp_path):
+    plan = write_results(tmp_path, lengths=(64,), count=2)
+    assert read_plan(tmp_path) == plan
+
+
+def test_a_folder_without_a_plan_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"results must be a folder of jobs.sweep, got .* without plan.json"
+    ):
+        read_plan(tmp_path)
+
+
+def test_a_plan_of_another_schema_is_refused(tmp_path):
+    write_results(tmp_path, lengths=(64,), count=1)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "schema": 99}))
+    with pytest.raises(ConfigError, match="must have schema 1, got 99"):
+        read_plan(tmp_path)
+
+
+def test_only_one_sweep_at_a_time(tmp_path):
+    with (
+        record.locked(tmp_path),
+        pytest.raises(ConfigError, match="output must not be in use"),
+        record.locked(tmp_path),
+    ):
+        pass
+    with record.locked(tmp_path):
+        pass
+
+
+def test_the_folder_explains_every_key(tmp_path):
+    write_plan(tmp_path, record.Plan(name="x", cells=(), samples=()))
+    readme = (tmp_path / "README.md").read_text()
+    for field in (*dataclasses.fields(Row), *dataclasses.fields(record.PlannedSample)):
+        assert f"| {field.name} |" in readme
+
+
+def test_keys_name_the_whole_content():
+    base = {"method": {"name": "spts", "schedule": {"stages": [1, 2]}}, "length": 5}
+    same = {"length": 5, "method": {"schedule": {"stages": [1, 2]}, "name": "spts"}}
+    assert record.content_hash(base) == record.content_hash(same)
+    other = {"method": {"name": "spts", "schedule": {"stages": [1, 3]}}, "length": 5}
+    assert record.content_hash(base) != record.content_hash(other)
+    keys = {
+        record.sample_key(*parts)
+        for parts in [("a", "b", "c"), ("x", "b", "c"), ("a", "x", "c"), ("a", "b", "x")]
+    }
+    assert len(keys) == 4
+
+
+def test_provenance_survives_a_torn_line(tmp_path):
+    provenance.append(tmp_path, {"run": "1"})
+    with (tmp_path / "provenance.jsonl").open("ab") as file:
+        file.write(b'{"run": "2", "comm')
+    assert provenance.read(tmp_path) == [{"run": "1"}]
+    provenance.append(tmp_path, {"run": "3"})
+    assert provenance.read(tmp_path) == [{"run": "1"}, {"run": "3"}]
+
+
+def test_provenance_says_where_results_come_from():
+    found = provenance.collect(command=["a", "b"], config={"x": 1}, commit=None)
+    assert found["command"] == ["a", "b"]
+    assert found["versions"]["torch"]
+    assert found["hardware"]["cpu_cores"] >= 1
+    assert len(found["code"]["sha256"]) == 20
+    assert provenance.collect(command=[], config={}, commit="abc")["code"]["commit"] == "abc"
+
+
+def test_code_hash_follows_the_sources(tmp_path):
+    (tmp_path / "jobs").mkdir()
+    file = tmp_path / "jobs" / "a.py"
+    file.write_text("x = 1\n")
+    before = provenance.code_hash(tmp_path)
+    file.write_text("x = 2\n")
+    assert provenance.code_hash(tmp_path) != before

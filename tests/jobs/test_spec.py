@@ -1,0 +1,302 @@
+"""Every fault of a sweep has one error that names key, rule and value, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+import jobs.spec
+from jobs.cells import plan_models
+from jobs.spec import concrete_schedule, load_sweep, output_folder
+from jobs.sweep import main
+from spts import Proxies
+from spts.errors import SptsError
+from spts.methods import Dense, Random, Spts
+from spts.schedule import PRESETS, Schedule
+from tests.cluster.tiny import SCHEDULE
+
+FAULTS = [
+    ({"name": None}, "name must be a valid string, got None"),
+    ({"colour": "red"}, "colour must be one of name, model, .*, got an unknown key; remove it"),
+    ({"model": None}, "model must .*, got None"),
+    ({"tasks": ["single", "juggling"]}, "tasks.1: task must be one of .*multikey.*, got 'juggling'"),
+    ({"tasks": ["single", "single"]}, "tasks must list each value once, got 'single' twice"),
+    ({"lengths": []}, r"lengths must list at least one value, got \[\]"),
+    ({"lengths": [340, 0]}, "lengths.1 must be greater than or equal to 1, got 0"),
+    ({"lengths": [340, "long"]}, "lengths.1 must be a valid integer, got 'long'"),
+    (
+        {"lengths": [500]},
+        r"lengths must leave room for the answer in the context of .*\(512 tokens\), got 500 \+ 24",
+    ),
+    ({"samples": 0}, "samples must be an integer of at least 1, or a mapping .*, got 0; correct it"),
+    ({"samples": {340: 2}}, r"samples must have one entry for each of lengths \[340, 420\], got \[340\]"),
+    ({"seeds": [-1]}, "seeds.0 must be greater than or equal to 0, got -1"),
+    ({"engine": {"count": 0}}, "engine.count must be greater than or equal to 1, got 0"),
+    ({"engine": {"gpus": 2}}, "engine.gpus must be one of count, in_flight, .*, got an unknown key"),
+    ({"engine": {"dtype": "int8"}}, "engine.dtype must be 'float32'.*, got 'int8'"),
+    ({"engine": {"tensor_parallel_size": 3}}, "engine.tensor_parallel_size must divide the heads .*, got 3"),
+    ({"methods": [{"name": "magic"}]}, "name must be one of dense, spts, random, recency, got 'magic'"),
+    (
+        {"methods": [{"name": "dense", "budget": 3}]},
+        "methods.0.budget must be one of name, label.*unknown key",
+    ),
+    (
+        {"methods": [{"name": "dense"}, {"name": "dense"}]},
+        "methods.1.label must be unique, got 'dense' again",
+    ),
+    ({"methods": [{"name": "spts"}]}, "methods.0: method.schedule must be given, got nothing"),
+    (
+        {"methods": [{"name": "dense", "schedule": "demo-12l"}]},
+        r"methods.0: method.schedule must be a known key \(name\)",
+    ),
+    ({"methods": [{"name": "dense", "seed": 1}]}, r"methods.0: method.seed must be a known key \(name\)"),
+    (
+        {"methods": [{"name": "spts", "schedule": "llama-9"}]},
+        "preset must be one of llama-3.1-8b.*, got 'llama-9'",
+    ),
+    (
+        {"methods": [{"name": "spts", "schedule": "demo-12l"}]},
+        "num_layers must equal the model's 6 layers, got 12",
+    ),
+    (
+        {"methods": [{"name": "spts", "schedule": {"preset": "demo-12l", "scaled": "yes"}}]},
+        "schedule.scaled must be true or false, got 'yes'",
+    ),
+    (
+        {"methods": [{"name": "spts", "schedule": {"preset": "demo-12l", "num_layers": 6}}]},
+        r"schedule.num_layers must be a known key \(preset, scaled\)",
+    ),
+    (
+        {"methods": [{"name": "spts", "schedule": {**SCHEDULE.to_dict(), "reference_tokens": 0}}]},
+        "schedule.reference_tokens must be an integer of at least 1, got 0",
+    ),
+    (
+        {"methods": [{"name": "spts", "schedule": {**SCHEDULE.to_dict(), "first_skip_layer": 1}}]},
+        "proxies must start at first_skip_layer 1 or before, got proxies from layer 2 on",
+    ),
+    ({"proxies": "nowhere"}, "proxies must be a folder with proxies.json, got .*nowhere"),
+    ({"model": "nowhere/at/all"}, "model must be a folder or a hub id .*, got nowhere/at/all"),
+]
+
+
+def fault_of(argv, capsys) -> str:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS, ids=[str(change)[:60] for change, _ in FAULTS])
+def test_a_fault_is_named_and_nothing_is_written(change, message, config, write_config, capsys):
+    path = write_config({**config, **change})
+    error = fault_of(["--config", str(path)], capsys)
+    assert re.search(message, error), error
+    assert not Path(config["output"]).exists()
+
+
+def test_every_required_key_is_asked_for(config, write_config, capsys):
+    for key in ("name", "model", "methods", "tasks", "lengths", "samples", "output"):
+        path = write_config({k: v for k, v in config.items() if k != key})
+        assert f"{key} must be given, got nothing; add it" in fault_of(["--config", str(path)], capsys)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path, capsys):
+    assert "must be a readable YAML file" in fault_of(["--config", str(tmp_path / "no.yaml")], capsys)
+    (tmp_path / "bad.yaml").write_text("name: [")
+    assert main(["--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml must be YAML" in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied_model(tiny_model, tmp_path, config):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_model, folder)
+    config["model"] = str(folder)
+    return folder
+
+
+def test_a_model_without_safetensors(copied_model, config, write_config, capsys):
+    (copied_model / "model.safetensors").unlink()
+    assert "must hold *.safetensors, got none" in fault_of(["--config", str(write_config(config))], capsys)
+
+
+def test_a_model_without_tokenizer(copied_model, config, write_config, capsys):
+    (copied_model / "tokenizer.json").unlink()
+    assert "model must hold tokenizer.json, got none" in fault_of(
+        ["--config", str(write_config(config))], capsys
+    )
+
+
+def test_a_model_without_proxies_runs_all_but_spts(copied_model, config, write_config, capsys):
+    shutil.rmtree(copied_model / "proxies")
+    message = fault_of(["--config", str(write_config(config))], capsys)
+    assert "proxies must be a folder with proxies.json" in message
+    assert "jobs.calibrate" in message
+    config["methods"] = [method for method in config["methods"] if method["name"] != "spts"]
+    assert main(["--config", str(write_config(config)), "--dry-run"]) == 0
+
+
+def test_foreign_proxies(copied_model, config, write_config, capsys):
+    manifest = json.loads((copied_model / "proxies" / "proxies.json").read_text())
+    (copied_model / "proxies" / "proxies.json").write_text(json.dumps({**manifest, "fingerprint": "f" * 64}))
+    message = fault_of(["--config", str(write_config(config))], capsys)
+    assert "proxies must belong to the model with fingerprint" in message
+
+
+def test_an_output_that_cannot_be_written(config, write_config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    message = fault_of(["--config", str(write_config(config)), "--out", str(out)], capsys)
+    assert f"output must be a folder that can be written, got {out} (Not a directory)" in message
+
+
+def test_a_length_without_room_for_the_needles(config, write_config, capsys):
+    config["lengths"] = [60]
+    message = fault_of(["--config", str(write_config(config))], capsys)
+    assert "length must leave room for the needles of task" in message
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(config, write_config, capsys):
+    assert main(["--config", str(write_config(config)), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "24 samples" in printed
+    assert "100.0%" in printed
+    assert not Path(config["output"]).exists()
+
+
+def test_the_demo_is_valid():
+    root = Path(jobs.spec.__file__).parent
+    sweep = load_sweep(root / "configs" / "demo.yaml")
+    assert [method.title for method in sweep.methods] == ["dense", "spts", "random", "recency"]
+    assert sweep.lengths == (1024, 2048, 4096, 8192)
+    for length in sweep.lengths:
+        schedules = {method.at(num_layers=12, length=length).schedule_for(12) for method in sweep.methods[1:]}
+        assert len(schedules) == 1, "the controls have the same budgets"
+
+
+def test_cells_hold_concrete_schedules(config, write_config):
+    (plan,) = plan_models(load_sweep(write_config(config)))
+    assert len(plan.cells) == 3 * 2 * 2
+    for cell in plan.cells:
+        length = cell.record.length
+        expected = {
+            "dense": Dense(),
+            "spts": Spts(schedule=SCHEDULE.scaled(num_tokens=length, reference_tokens=400)),
+            "random": Random(schedule=SCHEDULE.scaled(num_tokens=length, reference_tokens=400), seed=1),
+        }[cell.record.label]
+        assert cell.method == expected
+        assert cell.record.content["method"] == expected.to_dict()
+
+
+def test_a_cell_is_named_by_all_that_can_change_its_answers(copied_model, config, write_config):
+    def ids():
+        (plan,) = plan_models(load_sweep(write_config(config)))
+        return {(c.record.label, c.record.task, c.record.length): c.record.id for c in plan.cells}
+
+    before = ids()
+    assert ids() == before
+    config["samples"], config["name"], config["output"] = 7, "other", "elsewhere"
+    config["methods"][1]["label"] = "spts"
+    assert ids() == before, "how many, under which name and where to does not change an answer"
+
+    def changed(labels, change):
+        change()
+        after = ids()
+        assert {key for key in before if after[key] != before[key]} == {k for k in before if k[0] in labels}
+        before.update(after)
+
+    everything = ("dense", "spts", "random")
+    changed(("random",), lambda: config["methods"][2].update(seed=2))
+    changed(("spts", "random"), lambda: config["methods"][1]["schedule"].update(reference_tokens=500))
+    changed(everything, lambda: config.update(seeds=[3]))
+    changed(everything, lambda: config.update(engine={"dtype": "bfloat16"}))
+    changed(everything, lambda: (copied_model / "tokenizer_config.json").write_text("{}"))
+    import spts
+
+    model = spts.load(copied_model)
+    other = Proxies.fit(model, [list(range(1, 200))], first_layer=2, channels=24, rank=8)
+    changed(("spts",), lambda: other.save(copied_model / "proxies"))
+
+    def another_context():
+        data = json.loads((copied_model / "config.json").read_text())
+        (copied_model / "config.json").write_text(json.dumps({**data, "max_position_embeddings": 513}))
+        config["methods"] = [method for method in config["methods"] if method["name"] != "spts"]
+        before_spts = [key for key in before if key[0] == "spts"]
+        for key in before_spts:
+            del before[key]
+
+    changed(everything, another_context)
+
+
+def test_concrete_schedules():
+    llama = PRESETS["llama-3.1-8b"].schedule
+    assert concrete_schedule("llama-3.1-8b", num_layers=32, length=10) == llama
+    assert concrete_schedule({"preset": "llama-3.1-8b"}, num_layers=32, length=10) == llama
+    half = concrete_schedule({"preset": "llama-3.1-8b", "scaled": True}, num_layers=32, length=16384)
+    assert [stage.active_tokens for stage in half.stages] == [4608, 3584, 2048, 1024]
+    fewer = concrete_schedule({"preset": "llama-3.1-8b", "scaled": True}, num_layers=8, length=1000)
+    assert fewer == llama.scaled(num_layers=8, num_tokens=1000)
+    assert concrete_schedule(llama.to_dict(), num_layers=32, length=10) == llama
+    assert concrete_schedule(Schedule.dense(4).to_dict(), num_layers=4, length=10) == Schedule.dense(4)
+
+
+def test_two_models_of_one_name_are_refused(tiny_model, config, write_config, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "other" / tiny_model.name)
+    config["model"] = [str(tiny_model), str(tmp_path / "other" / tiny_model.name)]
+    with pytest.raises(SptsError, match="model must list folders of different names"):
+        plan_models(load_sweep(write_config(config)))
+
+
+def test_where_results_go(config, write_config, tmp_path, monkeypatch):
+    sweep = load_sweep(write_config({**config, "output": "results/x"}))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert output_folder(sweep, None) == tmp_path / "here" / "results" / "x"
+    assert output_folder(sweep, "other") == tmp_path / "here" / "other"
+    assert output_folder(sweep, str(tmp_path / "abs")) == tmp_path / "abs"
+    assert os.listdir(tmp_path / "abs") == []
+    # In the copy that `ray job submit --working-dir` makes and deletes, relative paths start at home.
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123abcd"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert output_folder(sweep, None) == tmp_path / "home" / "results" / "x"
+    assert output_folder(sweep, str(tmp_path / "abs")) == tmp_path / "abs"
+
+
+def test_a_copied_working_directory_keeps_the_models_name(
+    tiny_model, config, write_config, tmp_path, monkeypatch
+):
+    """Nodes have the copy at different places, so only the name relative to it is good everywhere."""
+    copy = tmp_path / "_ray_pkg_0123abcd"
+    shutil.copytree(tiny_model, copy / "models" / "tiny")
+    path = write_config({**config, "model": "models/tiny"})
+    monkeypatch.chdir(copy)
+    sweep = load_sweep(path)
+    (plan,) = plan_models(sweep)
+    assert plan.engine_config(sweep).model == "models/tiny"
+    assert plan.name == "tiny"
+    monkeypatch.chdir(tmp_path)
+    shutil.move(copy, tmp_path / "plain")
+    monkeypatch.chdir(tmp_path / "plain")
+    (plan,) = plan_models(sweep)
+    assert plan.engine_config(sweep).model == str(tmp_path / "plain" / "models" / "tiny")
+
+
+def test_yaml_anchors_share_a_schedule(config, write_config, tmp_path):
+    text = yaml.safe_dump({**config, "methods": [{"name": "dense"}]})
+    text = text.replace(
+        "- name: dense",
+        "- name: dense\n- name: spts\n  schedule: &s {preset: demo-12l, scaled: true}\n"
+        "- name: recency\n  schedule: *s",
+    )
+    (tmp_path / "anchored.yaml").write_text(text)
+    sweep = load_sweep(tmp_path / "anchored.yaml")
+    assert sweep.methods[1].schedule == sweep.methods[2].schedule

@@ -1,0 +1,195 @@
+"""The sweep as users run it, on real Ray with a tiny random model; and its ends and turns on fake engines."""
+
+from __future__ import annotations
+
+import csv
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spts
+from cluster.local import local_ray
+from cluster.protocol import EngineError
+from jobs import provenance
+from jobs.cells import plan_models
+from jobs.record import locked, read_plan, read_rows
+from jobs.spec import load_sweep, output_folder
+from jobs.sweep import main
+from jobs.work import Prompts, prepare
+from tests import fakes
+from tests.jobs.test_runner import SweptEngine, answers
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def sweep_as_a_job(env, *arguments: str) -> str:
+    """Runs `ray job submit --working-dir . -- python -m jobs.sweep ...` and returns what it printed."""
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.sweep", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextmanager
+def default_agent_port_taken():
+    """As if another Ray cluster ran on this machine: its agent has the port that Ray gives every agent."""
+    with socket.socket() as other:
+        with suppress(OSError):  # there may be one
+            other.bind(("127.0.0.1", 52365))
+            other.listen()
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_a_sweep_as_a_ray_job(config, write_config, tiny_model, tmp_path):
+    config["samples"] = 1
+    config["engine"] = {"count": 2}
+    path, out = str(write_config(config)), tmp_path / "out"
+    with default_agent_port_taken(), local_ray(num_cpus=4) as env:
+        printed = sweep_as_a_job(env, "--config", path, "--out", str(out), "--commit", "c0ffee")
+        assert f"results: {out} (0 of 12 samples there, 12 to do)" in printed
+        assert "[12/12 100%]" in printed
+        assert f"report: {out / 'report.html'}" in printed
+        first = read_rows(out)
+        again = sweep_as_a_job(env, "--config", path, "--out", str(out))
+        assert "(12 of 12 samples there, 0 to do)" in again
+        assert "starting" not in again
+        assert read_rows(out) == first
+
+        # More is asked for, and one answer was lost: both are done, the rest is left alone.
+        rows = next(file for file in (out / "rows").glob("*.jsonl") if file.stat().st_size)
+        rows.write_bytes(rows.read_bytes()[:-40])
+        config["samples"] = 2
+        more = sweep_as_a_job(env, "--config", str(write_config(config)), "--out", str(out))
+        assert "(11 of 24 samples there, 13 to do)" in more
+
+    plan, rows_by_key = read_plan(out), read_rows(out)
+    assert {sample.key for sample in plan.samples} == set(rows_by_key)
+    assert all(row.error is None for row in rows_by_key.values())
+    assert {row.engine for row in rows_by_key.values()} == {"engine-0", "engine-1"}
+    model = spts.load(tiny_model)
+    (models,) = plan_models(load_sweep(write_config(config)))
+    for work in prepare(models, Prompts(tiny_model)):
+        row = rows_by_key[work.planned.key]
+        expected = model.generate(work.token_ids, work.method, work.max_new_tokens)
+        assert row.token_ids == tuple(expected.token_ids), "a swept answer is the library's answer"
+        assert row.flops == work.flops
+    starts = provenance.read(out)
+    assert [start["code"]["commit"] for start in starts] == ["c0ffee", None]
+    assert {row.run for row in rows_by_key.values()} == {start["run"] for start in starts}
+    assert starts[0]["engine"]["fingerprint"] == models.fingerprint == model.fingerprint
+    for name in ("report.html", "report.md", "report.csv", "README.md"):
+        assert (out / name).stat().st_size > 500
+
+
+class FakeCluster:
+    """`start_engines` with fake engines: `setups` are their arguments, one a start; `engines` all of them."""
+
+    def __init__(self) -> None:
+        self.setups: list[dict[str, Any]] = []
+        self.engines: list[SweptEngine] = []
+
+    async def start(self, config, count):
+        setup = self.setups.pop(0) if self.setups else {}
+        engines = [SweptEngine(f"engine-{i}", **setup) for i in range(count)]
+        self.engines.extend(engines)
+        return engines, fakes.info(config)
+
+    async def stop(self, engines):
+        for engine in engines:
+            await engine.stop()
+
+
+@pytest.fixture
+def fake_cluster(monkeypatch):
+    import ray
+
+    import jobs.engines
+
+    cluster = FakeCluster()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(jobs.engines, "check_capacity", lambda config, count: None)
+    monkeypatch.setattr(jobs.engines, "start_engines", cluster.start)
+    monkeypatch.setattr(jobs.engines, "stop_engines", cluster.stop)
+    return cluster
+
+
+def test_failed_samples_are_rows_and_are_retried_when_asked(fake_cluster, config, write_config, capsys):
+    path, out = str(write_config(config)), Path(config["output"])
+    late = EngineError("deadline", "late")
+    fake_cluster.setups.append({"script": [None, late, None, late]})
+    assert main(["--config", path]) == 0
+    assert sum(row.error is not None for row in read_rows(out).values()) == 2
+    printed = capsys.readouterr().out
+    assert "deadline: late" in printed
+    assert "2 samples failed" in printed
+
+    assert main(["--config", path]) == 0
+    assert len(fake_cluster.engines) == 1, "a failed sample is done, until asked for"
+    capsys.readouterr()
+    assert main(["--config", path, "--retry-failed"]) == 0
+    assert len(fake_cluster.engines[1].requests) == 2
+    rows = read_rows(out)
+    assert all(row.error is None for row in rows.values())
+    assert set(rows) == {sample.key for sample in read_plan(out).samples}
+    assert "samples failed" not in capsys.readouterr().out
+
+
+def test_a_sweep_in_which_everything_fails_is_a_failure(fake_cluster, config, write_config):
+    fake_cluster.setups.append({"script": [EngineError("deadline", "late")] * 24})
+    assert main(["--config", str(write_config(config))]) == 1
+
+
+def test_lost_engines_leave_a_report_of_what_is_there(fake_cluster, config, write_config, capsys):
+    path = str(write_config(config))
+    fake_cluster.setups.append({"script": [None, None, EngineError("unavailable", "died")], "deaths_left": 0})
+    assert main(["--config", path]) == 1
+    captured = capsys.readouterr()
+    assert "engines must stay alive, got none left with 22 samples to do" in captured.err
+    assert "Incomplete: 2 of 24 samples are done." in captured.out
+    assert (Path(config["output"]) / "report.html").is_file()
+    assert main(["--config", path]) == 0
+    assert len(fake_cluster.engines[1].requests) == 22
+
+
+def test_a_sweep_in_goes_equals_one_at_once(fake_cluster, config, write_config, tmp_path):
+    whole = str(write_config(config))
+    assert main(["--config", whole, "--out", str(tmp_path / "once")]) == 0
+    few = {**config, "tasks": ["single"], "samples": 1}
+    assert main(["--config", str(write_config(few)), "--out", str(tmp_path / "goes")]) == 0
+    assert main(["--config", str(write_config(config)), "--out", str(tmp_path / "goes")]) == 0
+    assert [len(engine.requests) for engine in fake_cluster.engines] == [24, 6, 18]
+    assert read_plan(tmp_path / "once") == read_plan(tmp_path / "goes")
+    assert answers(tmp_path / "once") == answers(tmp_path / "goes")
+    tables = [list(csv.DictReader((tmp_path / name / "report.csv").open())) for name in ("once", "goes")]
+    for table in tables:
+        for line in table:
+            del line["ttft_median_s"], line["ttft_speedup_vs_dense"]
+    assert tables[0] == tables[1]
+
+
+def test_two_sweeps_do_not_write_to_one_folder(fake_cluster, config, write_config, capsys):
+    with locked(output_folder(load_sweep(write_config(config)), None)):
+        assert main(["--config", str(write_config(config))]) == 2
+    assert "output must not be in use by another sweep" in capsys.readouterr().err
+    assert fake_cluster.engines == []
+
+
+def test_more_engines_than_the_cluster_holds(config, write_config, monkeypatch, capsys):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    config["engine"] = {"count": 2, "num_threads": 2}
+    assert main(["--config", str(write_config(config))]) == 2
+    message = "engine must fit into the cluster's 2 CPUs, got 2 engines of 1 ranks with 2 each = 4"
+    assert message in capsys.readouterr().err
+    assert not (Path(config["output"]) / "plan.json").exists()
