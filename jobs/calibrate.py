@@ -4,7 +4,8 @@ safe.
     python -m jobs.calibrate --model MODEL --texts FILES… --out MODEL/proxies --schedule llama-3.1-8b
     python -m jobs.calibrate … --task needle        also on questions that need the whole prompt
 
-Writes proxies.safetensors, proxies.json and calibration.json into --out. Needs torch and transformers alone.
+Writes proxies.safetensors, proxies.json and calibration.json into --out. Needs no Ray and no DeepSpeed; text
+becomes tokens as it does when served.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cluster.tokenizer import TextTokenizer
 from jobs.options import describe_schedule, read_schedule, writable_folder, write_json
 from jobs.verdict import TaskCurve, Verdict, judge, table
 from spts.cost import ProxyShape, planned_work, speedup
@@ -110,7 +112,7 @@ def split(documents: Sequence[Sequence[int]], *, tokens: int, windows: int, fit_
     return Texts(measure=[whole[index] for index in sorted(chosen)], fit=fit[::step], held_out=held_out)
 
 
-def read_documents(paths: Sequence[Path], tokenizer: Any) -> list[list[int]]:
+def read_documents(paths: Sequence[Path], tokenizer: TextTokenizer) -> list[list[int]]:
     """Token ids of every text file, without special tokens. Raises ConfigError naming the file."""
     documents = []
     for path in paths:
@@ -136,11 +138,11 @@ def task_names(chosen: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
+    return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def draw_samples(tokenizer: Any, name: str, *, length: int, count: int) -> list[Sample]:
+def draw_samples(tokenizer: TextTokenizer, name: str, *, length: int, count: int) -> list[Sample]:
     """Questions of a task whose prompt and answer have at most `length` tokens.
 
     Raises ConfigError when they have no room for the question.
@@ -153,7 +155,7 @@ def draw_samples(tokenizer: Any, name: str, *, length: int, count: int) -> list[
 
 
 def measure_task(
-    model: SptsModel, tokenizer: Any, name: str, method: Spts, samples: Sequence[Sample]
+    model: SptsModel, tokenizer: TextTokenizer, name: str, method: Spts, samples: Sequence[Sample]
 ) -> TaskCurve:
     """Accuracy on a task: dense, under `method`, and with the context frozen from each layer on.
 
@@ -169,14 +171,14 @@ def measure_task(
     right = [0] * len(model.layers)
     dense = chosen = 0.0
     for sample in tqdm(samples, desc=f"task {name}", unit="question"):
-        prompt = tokenizer(sample.prompt)["input_ids"]
+        prompt = list(tokenizer.encode(sample.prompt))
         answer = _encode(tokenizer, " " + sample.references[0])
         live = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
         frozen = run_frozen(model, [*prompt, *answer[:-1]], live, together=True)
         for layer, logits_LV in enumerate(frozen.frozen_LV):
             right[layer] += logits_LV.argmax(dim=-1).tolist() == answer
         said = [model.generate(prompt, each, task.max_new_tokens).token_ids for each in (Dense(), method)]
-        texts = [tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in said]
+        texts = [tokenizer.tokenizer.decode(token_ids) for token_ids in said]
         dense += task.score(texts[0], sample.references)
         chosen += task.score(texts[1], sample.references)
     return TaskCurve(
@@ -192,7 +194,6 @@ def calibrate(args: argparse.Namespace) -> Verdict:
     """The whole job. What can be refused is refused before the first layer is computed."""
     import torch
     from tqdm import tqdm
-    from transformers import AutoTokenizer
 
     from jobs.contestants import check_device
     from spts import loading
@@ -214,7 +215,7 @@ def calibrate(args: argparse.Namespace) -> Verdict:
         torch.set_num_threads(args.threads)
     folder = loading.resolve(args.model)
     loading.check_folder(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = TextTokenizer(folder)
     texts = split(
         read_documents(args.texts, tokenizer),
         tokens=args.tokens,

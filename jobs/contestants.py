@@ -37,9 +37,9 @@ class Own:
         """Prefill, then one decode step per token of `follow`."""
         device = self._model.device
         tokens = [torch.tensor([token_id], device=device) for token_id in follow]
-        start = clock(device)
+        start, cpu = clock(device), time.process_time()
         prefill = self._model.prefill(prompt, self._method, max_new_tokens=len(follow))
-        first = clock(device)
+        first, cpu_s = clock(device), time.process_time() - cpu
         kv_bytes, logits_V = prefill.cache.num_bytes, prefill.logits
         decode_start = clock(device)
         for token in tokens:
@@ -51,6 +51,7 @@ class Own:
             kv_bytes=kv_bytes,
             answer=(prefill.logits, logits_V),
             work=tuple(prefill.work),
+            cpu_s=cpu_s if device.type == "cpu" else None,
         )
 
 
@@ -68,9 +69,9 @@ class Transformers:
         device = self._model.device
         ids_1N = torch.tensor([list(prompt)], device=device)
         tokens = [torch.tensor([[token_id]], device=device) for token_id in follow]
-        start = clock(device)
+        start, cpu = clock(device), time.process_time()
         out = self._model(input_ids=ids_1N, use_cache=True, logits_to_keep=1)
-        first = clock(device)
+        first, cpu_s = clock(device), time.process_time() - cpu
         cache, prompt_V = out.past_key_values, out.logits[0, -1].float()
         kv_bytes = sum(each.nbytes for layer in cache.layers for each in (layer.keys, layer.values))
         logits_V = prompt_V
@@ -84,6 +85,7 @@ class Transformers:
             kv_bytes=kv_bytes,
             answer=(prompt_V, logits_V.float()),
             work=None,
+            cpu_s=cpu_s if device.type == "cpu" else None,
         )
 
 

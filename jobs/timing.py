@@ -23,7 +23,7 @@ class Timed:
 
     ttft_s: prompt to its next token. tpot_s: mean per token decoded after that, None without one. kv_bytes:
     of the prompt, in use. answer: what it predicts, for comparison between contestants of one kind. work: by
-    layer, None where unknown.
+    layer, None where unknown. cpu_s: processor time of the prefill, all threads; None where it says nothing.
     """
 
     ttft_s: float
@@ -31,6 +31,7 @@ class Timed:
     kv_bytes: int
     answer: Any
     work: tuple[LayerWork, ...] | None
+    cpu_s: float | None = None
 
 
 class Contestant(Protocol):
@@ -71,7 +72,10 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one method at one length; ratios are medians over rounds of interleaved runs."""
+    """What was measured of one method at one length; ratios are medians over rounds of interleaved runs.
+
+    The ratios by processor time are what other programs on the machine disturb least.
+    """
 
     method: str
     length_tokens: int
@@ -86,6 +90,9 @@ class Row:
     predicted_speedup_ratio: float
     speedup_vs_dense_ratio: float
     speedup_vs_transformers_ratio: float | None
+    prefill_cpu_median_s: float | None
+    cpu_speedup_vs_dense_ratio: float | None
+    cpu_speedup_vs_transformers_ratio: float | None
 
 
 def plan(
@@ -138,18 +145,36 @@ def measure(
     """Times every contestant on one prompt, in turns."""
     runs = interleave(contestants, prompt, follow, repeats=repeats, progress=progress)
 
-    def ratio(baseline: str, name: str) -> float:
-        pairs = zip(runs[baseline], runs[name], strict=True)
-        return median(slow.ttft_s / fast.ttft_s for slow, fast in pairs)
-
-    return [_row(case, name, timed, ratio, "transformers" in runs) for name, timed in runs.items()]
+    return [_row(case, name, runs) for name in runs]
 
 
-def _row(
-    case: Case, name: str, timed: Sequence[Timed], ratio: Callable[[str, str], float], has_rival: bool
-) -> Row:
+def _ratio(
+    runs: Mapping[str, Sequence[Timed]], baseline: str, name: str, seconds: Callable[[Timed], float | None]
+) -> float | None:
+    """How many times faster `name` is, round by round; None without the baseline or the figure."""
+    ratios = [
+        slow_s / fast_s
+        for slow, fast in zip(runs.get(baseline, ()), runs[name], strict=False)
+        if (slow_s := seconds(slow)) and (fast_s := seconds(fast))
+    ]
+    return median(ratios) if ratios else None
+
+
+def _wall(run: Timed) -> float:
+    return run.ttft_s
+
+
+def _cpu(run: Timed) -> float | None:
+    return run.cpu_s
+
+
+def _row(case: Case, name: str, runs: Mapping[str, Sequence[Timed]]) -> Row:
+    timed = runs[name]
     own = name if name in case.flops else "dense"  # transformers computes what dense does
     ttfts = [run.ttft_s for run in timed]
+    cpus = [run.cpu_s for run in timed if run.cpu_s is not None]
+    speedup = _ratio(runs, "dense", name, _wall)
+    assert speedup is not None, "dense is always timed"
     tpots = [run.tpot_s for run in timed if run.tpot_s is not None]
     return Row(
         method=name,
@@ -163,8 +188,11 @@ def _row(
         predicted_kv_bytes=case.kv_bytes[own],
         predicted_flop=case.flops[own],
         predicted_speedup_ratio=case.flops["dense"] / case.flops[own],
-        speedup_vs_dense_ratio=ratio("dense", name),
-        speedup_vs_transformers_ratio=ratio("transformers", name) if has_rival else None,
+        speedup_vs_dense_ratio=speedup,
+        speedup_vs_transformers_ratio=_ratio(runs, "transformers", name, _wall),
+        prefill_cpu_median_s=median(cpus) if cpus else None,
+        cpu_speedup_vs_dense_ratio=_ratio(runs, "dense", name, _cpu),
+        cpu_speedup_vs_transformers_ratio=_ratio(runs, "transformers", name, _cpu),
     )
 
 
@@ -209,10 +237,11 @@ def interleave(
 def table(rows: Sequence[Row]) -> str:
     """The rows, aligned; a speed-up is over dense, `of ideal` the share of the FLOP ratio it reaches."""
     header = ["tokens", "method", "TTFT s", "min - max", "speed-up", "of ideal"]
-    header += ["vs transformers", "TPOT ms", "KV MiB", "predicted"]
+    header += ["vs transformers", "by CPU time", "vs transformers", "TPOT ms", "KV MiB", "predicted"]
     lines = [header]
     for row in rows:
         rival, tpot = row.speedup_vs_transformers_ratio, row.tpot_median_s
+        by_cpu = (row.cpu_speedup_vs_dense_ratio, row.cpu_speedup_vs_transformers_ratio)
         lines.append(
             [
                 str(row.length_tokens),
@@ -222,6 +251,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.speedup_vs_dense_ratio:.2f}x",
                 f"{row.speedup_vs_dense_ratio / row.predicted_speedup_ratio:.0%}",
                 "" if rival is None else f"{rival:.2f}x",
+                *("" if each is None else f"{each:.2f}x" for each in by_cpu),
                 "" if tpot is None else f"{tpot * 1e3:.2f}",
                 f"{row.kv_bytes / 2**20:.1f}",
                 f"{row.predicted_kv_bytes / 2**20:.1f}",

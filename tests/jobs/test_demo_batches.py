@@ -47,13 +47,13 @@ def test_targets_are_the_answers_and_nothing_else(phase):
 
 
 def test_sequences_are_training_text():
-    known = set(haystack("train"))
+    known = "\n".join(haystack("train"))
     for tokens, _ in batches(phase=PHASES[1], tokens_per_batch=8192, count=2):
         for row in tokens:
             document = bundled_tokenizer().decode(row, skip_special_tokens=True).split("\n\nQuestion:")[0]
             lines = [line for line in document.split("\n") if not (FACT.match(line) or LINK.match(line))]
-            assert lines
-            assert set(lines) <= known
+            assert len(lines) > 10
+            assert "\n".join(lines) in known  # as it stands there, without the needles
 
 
 def test_padding_is_shorter_than_a_line():

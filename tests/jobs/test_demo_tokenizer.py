@@ -34,6 +34,8 @@ def test_lines_never_share_a_token(tokenizer):
     one_by_one = [token for line in lines for token in tokenizer.encode(line) + newline]
     assert tokenizer.encode("\n".join([*lines, ""])) == one_by_one
     assert tokenizer.encode("\n\n\n") == newline * 3
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n    b\n \nc")
+    assert {piece for piece, _ in pieces if "Ċ" in piece} == {"Ċ"}  # the byte of a line end
 
 
 def test_text_comes_back(tokenizer):
