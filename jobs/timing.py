@@ -235,9 +235,12 @@ def interleave(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows, aligned; a speed-up is over dense, `of ideal` the share of the FLOP ratio it reaches."""
+    """The rows, aligned; a speed-up is over dense, `of ideal` the share of the FLOP ratio it reaches.
+
+    CPU: the same ratios by processor time instead of the clock.
+    """
     header = ["tokens", "method", "TTFT s", "min - max", "speed-up", "of ideal"]
-    header += ["vs transformers", "by CPU time", "vs transformers", "TPOT ms", "KV MiB", "predicted"]
+    header += ["vs transformers", "CPU: speed-up", "CPU: vs transformers", "TPOT ms", "KV MiB", "predicted"]
     lines = [header]
     for row in rows:
         rival, tpot = row.speedup_vs_transformers_ratio, row.tpot_median_s
