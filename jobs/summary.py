@@ -45,7 +45,8 @@ class Line:
         failed: samples that ended in an error. They count in `score` as 0.
         flop_share, kv_share: sum over the samples divided by the same sum for a dense prefill.
         ttft_s: median seconds to the first token.
-        speedup: median over samples of the baseline's time to first token divided by this method's.
+        speedup: median over samples of the baseline's time to first token divided by this method's, both
+            from one start of the sweep; None when no sample has both.
         answer_tokens: mean length of the answers.
     """
 
@@ -179,7 +180,9 @@ def _line(group: list[Scored], reference: dict[Any, Scored], **where: Any) -> Li
         kv_share=_share((row.kv_bytes, row.dense_kv_bytes) for row in answered),
         ttft_s=_median(row.ttft_s for row in answered),
         speedup=_median(
-            base.row.ttft_s / one.row.ttft_s for one, base in pairs if one.row.ttft_s and base.row.ttft_s
+            base.row.ttft_s / one.row.ttft_s
+            for one, base in pairs
+            if one.row.ttft_s and base.row.ttft_s and one.row.run == base.row.run
         ),
         answer_tokens=_mean(len(row.token_ids) for row in answered if row.token_ids is not None),
         **where,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -306,3 +307,16 @@ def test_words_for_numbers():
     assert wording.visible("a\tb\u202ec\nd") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c⏎d"
     assert plots.short_length(4096) == "4K"
     assert plots.short_length(1000) == "1000"
+
+
+def test_times_of_different_runs_are_not_compared(fresh):
+    plan = json.loads((fresh / "plan.json").read_text())
+    cells = {cell["id"] for cell in plan["cells"] if cell["label"] == "random"}
+    (rows,) = (fresh / "rows").glob("*.jsonl")
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines:
+        line["run"] = "r1" if line["cell"] in cells else line["run"]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (model,) = load(fresh).models
+    assert model.overall["random"].speedup is None
+    assert model.overall["spts"].speedup is not None
