@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from cluster import placement
-from cluster.config import AppConfig, EngineConfig, parse
+from cluster.config import AppConfig, EngineConfig, check_pools, parse
 from cluster.engine import Engine
 from cluster.protocol import Chunk, EngineError, EngineInfo, Request
 from cluster.router import Router
@@ -74,6 +74,7 @@ async def _answer(call: Any) -> Any:
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application that `args` describe. Raises ConfigError naming the key that is wrong."""
     config = parse(dict(args), AppConfig, source="args")
+    check_pools(config)
     engines = {
         name: _engine_deployment(name, engine).bind(engine.model_dump())
         for name, engine in config.engines.items()

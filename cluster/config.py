@@ -7,6 +7,7 @@ nothing
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,6 +139,33 @@ def parse_method(data: Mapping[str, Any]) -> Method:
     return methods.from_dict(data)
 
 
+def check_pools(app: AppConfig) -> None:
+    """Raise ConfigError for a pool whose method cannot run on the model: a schedule for another depth, no
+    proxies.
+
+    Looks into the model's folder. Of a hub id, or a folder on other machines, only the engines can tell.
+    """
+    folder = Path(resolve_path(app.model))
+    if not (folder / "config.json").is_file():
+        return
+    num_layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    for index, pool in enumerate(app.pools):
+        where = f"pools.{index}.method"
+        method = parse_method(pool.method)
+        try:
+            method.schedule_for(num_layers)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}", field=where) from None
+        chosen = app.engines[pool.engine].proxies
+        proxies = folder / "proxies" if chosen is None else Path(resolve_path(chosen))
+        if method.needs_proxies and not (proxies / "proxies.json").is_file():
+            raise ConfigError(
+                f"{where}.name must not need proxies on a model without them, got {method.name!r} and no "
+                f"proxies in {proxies}; fit them with python -m jobs.calibrate",
+                field=where,
+            )
+
+
 def resolve_path(path: str) -> str:
     """An absolute path for a folder that exists in the working directory or beside the packages, else `path`
     itself (a hub id). Workers of a Ray cluster have working directories of their own."""
@@ -215,7 +243,13 @@ def check_ray_config(path: str | Path) -> AppConfig:
             "others",
             field="applications",
         )
-    return parse(deploy.applications[0].args, AppConfig, source=f"{path}: applications.0.args")
+    source = f"{path}: applications.0.args"
+    app = parse(deploy.applications[0].args, AppConfig, source=source)
+    try:
+        check_pools(app)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}", field=error.field) from None
+    return app
 
 
 def _refuse_unknown_keys(data: object, schema: object, where: str, key: str = "") -> None:

@@ -8,7 +8,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from cluster.config import AppConfig, EngineConfig, check_ray_config, load_yaml, parse, parse_method
+from cluster.config import (
+    AppConfig,
+    EngineConfig,
+    check_pools,
+    check_ray_config,
+    load_yaml,
+    parse,
+    parse_method,
+)
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
 from spts.schedule import Schedule
@@ -169,6 +177,16 @@ def test_the_whole_file_is_checked(tmp_path):
             r"0.args: engines.default.mdel must be one of",
         ),
         ("applications", [], r"applications must hold one application, got 0"),
+        (
+            "applications.0.args.pools.1.method.schedule",
+            "llama-3.1-8b",
+            r"0.args: pools.1.method: schedule.num_layers must equal the model's 12 layers, got 32",
+        ),
+        (
+            "applications.0.args.engines.default.proxies",
+            "docs",
+            r"pools.1.method.name must not need proxies on a model without them, got 'spts' .*docs; fit them",
+        ),
     ],
 )
 def test_a_typo_anywhere_in_the_file_is_named(tmp_path, at, value, message):
@@ -176,6 +194,20 @@ def test_a_typo_anywhere_in_the_file_is_named(tmp_path, at, value, message):
     path.write_text(yaml.safe_dump(changed(FILE, at, value)))
     with pytest.raises(ConfigError, match=message):
         check_ray_config(path)
+
+
+def test_an_application_is_built_of_pools_that_can_run():
+    from cluster.app import build
+
+    assert build(ARGS)
+    with pytest.raises(
+        ConfigError, match=r"pools.1.method: schedule.num_layers must equal .* 12 layers, got 28"
+    ):
+        build(changed(ARGS, "pools.1.method.schedule", "qwen2.5-7b"))
+
+
+def test_pools_of_a_model_that_is_elsewhere_are_left_to_its_engines():
+    check_pools(parse(changed(ARGS, "engines.default.model", "owner/name"), AppConfig, source="args"))
 
 
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
