@@ -47,7 +47,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, with whatever the tokenizer adds to one."""
-        return tuple(self.tokenizer.encode(text).ids)
+        return self._ids(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Token ids of a conversation through the chat template, up to where the assistant begins to speak.
@@ -68,7 +68,11 @@ class TextTokenizer:
                 code="invalid_chat",
                 field="messages",
             ) from None
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        # A batch of one: unlike `encode` it lets go of the GIL, so a long text keeps no other thread waiting.
+        return tuple(self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def token_text(self, token_id: int) -> str:
         """One token on its own; U+FFFD stands for bytes that are only part of a character."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -134,3 +135,13 @@ def test_the_router_process_needs_no_torch(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_a_long_text_keeps_no_other_request_waiting(tokenizer):
+    encoding = asyncio.create_task(asyncio.to_thread(tokenizer.encode, "the quick brown fox " * 50_000))
+    turns = 0
+    while not encoding.done():
+        await asyncio.sleep(0.005)
+        turns += 1
+    assert len(await encoding) > 50_000
+    assert turns > 5
