@@ -56,6 +56,13 @@ def load_transformers(folder: str | os.PathLike[str], *, dtype: str = "float32",
         raise ModelError(
             f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}; choose one of them", field="dtype"
         )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"device must be one that torch has here, got {device!r} ({reason}); use cpu", field="device"
+        ) from None
     check_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(
         os.fspath(folder),
@@ -169,9 +176,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also a UnicodeDecodeError
         raise ModelError(
             f"config.json must be JSON, got {error} in {folder}; download it again", field="model"
         ) from None
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"config.json must be a JSON object, got {type(config).__name__} in {folder}; download it again",
+            field="model",
+        )
     check_config(config)
     return dict(config)

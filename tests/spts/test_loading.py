@@ -208,6 +208,12 @@ def test_broken_files_are_refused(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config.json must be JSON"):
         spts.load(folder)
+    (folder / "config.json").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"config.json must be JSON, got 'utf-8'"):
+        spts.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"config.json must be a JSON object, got list"):
+        spts.load(folder)
     (folder / "config.json").write_text(good)
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ModelError, match=r"model.safetensors must be a safetensors file"):
@@ -238,6 +244,12 @@ def test_a_hub_id_is_downloaded_once_its_configuration_is_known_to_be_supported(
     with pytest.raises(ModelError, match="architectures must be one of"):
         spts.load("owner/name")
     assert asked == [["config.json"]]
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta:x", "xpu"], ids=["unknown", "no index", "not built in"])
+def test_a_device_that_is_not_here_is_refused(folder, device):
+    with pytest.raises(ModelError, match=rf"device must be one that torch has here, got '{device}'"):
+        spts.load(folder, device=device)
 
 
 def test_a_hub_id_that_cannot_be_reached_says_so():
