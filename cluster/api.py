@@ -7,12 +7,13 @@ A field that is not supported is refused by name unless its value asks for nothi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
-from cluster.config import explain
+from cluster.config import brief, explain
 from cluster.errors import ApiError
 from spts.sampling import MAX_LOGPROBS
 
@@ -54,6 +55,20 @@ FORMS = {
 }
 
 
+# Half of a surrogate pair, as JSON may write it.
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class FirstFault(FailFast):
+    """Checks a list up to its first fault: all faults of a long one are seconds and gigabytes."""
+
+    __hash__ = object.__hash__  # what a union asks of its members
+
+
+Item = TypeVar("Item")
+Listed = Annotated[list[Item], FirstFault()]
+
+
 class Body(BaseModel):
     """Base of all bodies: unknown keys are errors, and a number is not a string."""
 
@@ -90,7 +105,7 @@ class GenerationBody(Body):
     top_k: int | None = Field(default=None, ge=-1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | Listed[str] | None = None
     user: str | None = None
     spts: SptsOptions | None = None
 
@@ -101,7 +116,7 @@ class GenerationBody(Body):
         if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
             raise ValueError(
                 f"stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters, got "
-                f"{value!r}; "
+                f"{brief(value)}; "
                 "send fewer or shorter ones"
             )
         return value
@@ -128,7 +143,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions. prompt: text or token ids, or a list of either."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Listed[int] | Listed[str] | Listed[Listed[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     def num_logprobs(self) -> int | None:
@@ -159,7 +174,7 @@ class Message(Body):
     """One turn of a conversation. name: accepted and without effect, chat templates have no place for it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Listed[TextPart]
     name: str | None = None
 
     @property
@@ -171,7 +186,7 @@ class Message(Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Listed[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -198,17 +213,16 @@ AnyBody = TypeVar("AnyBody", bound=GenerationBody)
 
 def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
     """A request's body, checked. Raises ApiError naming the first field at fault."""
-    try:
-        data = json.loads(raw)
-    except ValueError as error:  # also a UnicodeDecodeError
-        raise ApiError("invalid_request", f"body must be JSON, got {error}; correct it") from None
+    data = _json(raw)
     if not isinstance(data, dict):
         raise ApiError("invalid_request", f"body must be a JSON object, got {type(data).__name__}; send one")
     for name, neutral in UNSUPPORTED.items():
         value = data.pop(name, None)
         if value is not None and value not in neutral:
             why = WHY_UNSUPPORTED.get(name, "this server does not support it")
-            raise ApiError("unsupported_parameter", f"{name} must not be given, got {value!r}; {why}", name)
+            raise ApiError(
+                "unsupported_parameter", f"{name} must not be given, got {brief(value)}; {why}", name
+            )
     try:
         body = model.model_validate(data)
     except ValidationError as error:
@@ -228,6 +242,24 @@ def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
     return body
 
 
+def _json(raw: bytes) -> object:
+    """What a body says. Raises ApiError also for what JSON allows and nothing behind it could take."""
+    try:
+        text = raw.decode("utf-8-sig")
+        data = json.loads(text)
+        if SURROGATE.search(
+            text
+        ):  # half a pair is no character: no tokenizer takes it, no answer could quote it
+            json.dumps(data, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ApiError(
+            "invalid_request", "body must not be nested this deep, got too many levels; flatten it"
+        ) from None
+    except ValueError as error:  # also a UnicodeError
+        raise ApiError("invalid_request", f"body must be JSON in UTF-8, got {error}; correct it") from None
+    return data
+
+
 def _first_fault(error: ValidationError, model: type[GenerationBody]) -> ApiError:
     faults = [dict(fault) for fault in error.errors()]
     unknown = next((fault for fault in faults if fault["type"] == "extra_forbidden"), None)
@@ -237,7 +269,7 @@ def _first_fault(error: ValidationError, model: type[GenerationBody]) -> ApiErro
     param = _param(fault)
     if param in FORMS and fault["type"] not in ("missing", "value_error"):
         # A union: pydantic lists one fault per member, and no single one tells what the field may be.
-        got = repr(fault["input"])[:80]
+        got = brief(fault["input"])
         return ApiError("invalid_request", f"{param} must be {FORMS[param]}, got {got}; correct it", param)
     return ApiError("invalid_request", explain(fault, model), param)
 

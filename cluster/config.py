@@ -8,6 +8,7 @@ nothing
 from __future__ import annotations
 
 import json
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -198,13 +199,21 @@ def load_yaml(path: str | Path, model: type[Model]) -> Model:
 def read_yaml(path: str | Path) -> object:
     """The plain data of a YAML file. Raises ConfigError."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_bytes())  # YAML says itself how its bytes are to be read
     except OSError as error:
         raise ConfigError(
             f"{path} must be a readable YAML file, got {error.strerror}; check the path", field="config"
         ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} must be YAML, got {error}; correct it", field="config") from None
+
+
+def brief(value: object) -> str:
+    """`value` as an error quotes it: its repr, cut where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    short.maxlist = short.maxtuple = short.maxdict = 10
+    return short.repr(value)
 
 
 def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> str:
@@ -220,7 +229,7 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> s
         message = str(fault["ctx"]["error"])
         return f"{key}: {message}" if key else message
     rule = fault["msg"].replace("Input should be ", "be ").replace("Input should have ", "have ")
-    return f"{key} must {rule[0].lower()}{rule[1:]}, got {fault['input']!r}; correct it"
+    return f"{key} must {rule[0].lower()}{rule[1:]}, got {brief(fault['input'])}; correct it"
 
 
 def check_ray_config(path: str | Path) -> AppConfig:

@@ -109,14 +109,14 @@ class Router:
         """The body, up to what the longest allowed batch of prompts could take."""
         longest = self._dispatcher.max_context or ASSUMED_CONTEXT
         limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
-        raw = b""
+        raw = bytearray()  # bytes would be copied for every part
         async for part in http.stream():
             raw += part
             if len(raw) > limit:
                 raise ApiError(
                     "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
                 )
-        return raw
+        return bytes(raw)
 
     def _check_model(self, name: str) -> None:
         if name != self._config.model_name:

@@ -213,6 +213,7 @@ def test_pools_of_a_model_that_is_elsewhere_are_left_to_its_engines():
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none.yaml must be a readable YAML file, got No such file"):
         load_yaml(tmp_path / "none.yaml", AppConfig)
-    (tmp_path / "bad.yaml").write_text("a: [1")
-    with pytest.raises(ConfigError, match=r"bad.yaml must be YAML"):
-        load_yaml(tmp_path / "bad.yaml", AppConfig)
+    for content in (b"a: [1", b"a: \xe9"):
+        (tmp_path / "bad.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"bad.yaml must be YAML"):
+            load_yaml(tmp_path / "bad.yaml", AppConfig)

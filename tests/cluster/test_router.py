@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
+from cluster.api import CompletionBody, parse_body
 from cluster.config import AppConfig
-from cluster.errors import HTTP_ERRORS
+from cluster.errors import HTTP_ERRORS, ApiError
 from cluster.protocol import ERROR_KINDS, EngineError
 from cluster.router import Router
 from cluster.tokenizer import TextTokenizer
@@ -434,6 +436,68 @@ async def test_a_body_larger_than_any_prompt_is_413(folder):
         answer = await client.post(COMPLETIONS, json=completion(prompt="x" * 100_000))
     assert answer.status_code == 413
     assert error_of(answer)["code"] == "payload_too_large"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (COMPLETIONS, b"[" * 100_000, "must not be nested this deep"),
+        (
+            COMPLETIONS,
+            b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            "must not be nested this deep",
+        ),
+        (COMPLETIONS, b'{"model": "tiny", "prompt": "\\ud800"}', "surrogates not allowed"),
+        (COMPLETIONS, b'{"model": "tiny", "prompt": "\xed\xa0\x80"}', "must be JSON in UTF-8"),
+        (CHAT, b'{"model": "tiny", "messages": [{"role": "user", "content": "\\uDFFF"}]}', "surrogates"),
+        (
+            COMPLETIONS,
+            b'{"model": "tiny", "prompt": "a", "spts": {"method": "spts", "schedule": {"\\udbff": 1}}}',
+            "surrogates",
+        ),
+    ],
+    ids=["deep", "deep field", "half a pair", "half a pair in UTF-8", "in a chat", "in a key"],
+)
+async def test_json_that_cannot_be_text_is_400(folder, path, body, message):
+    async with endpoint(folder) as (client, _):
+        answer = await client.post(path, content=body)
+    assert answer.status_code == 400
+    assert message in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("prompt", ["\U0001f98a", "é", "\\ud800"], ids=["pair", "plain", "backslash"])
+async def test_escapes_that_are_text_are_taken(folder, tokenizer, prompt):
+    async with endpoint(folder) as (client, _):
+        answer = await client.post(COMPLETIONS, content=json.dumps(completion(prompt=prompt)))
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [1.5] * 20_000},
+        {"prompt": [["a"]] * 20_000},
+        {"suffix": "x" * 20_000},
+        {"tools": [["x"] * 100] * 100},
+        {"max_tokens": "9" * 20_000},
+        {"stop": "x" * 20_000},
+    ],
+    ids=["list", "nested list", "unsupported", "unsupported list", "text", "stop"],
+)
+async def test_an_error_quotes_little_of_a_large_value(folder, fields):
+    async with endpoint(folder) as (client, _):
+        answer = await client.post(COMPLETIONS, json=completion(**fields))
+    assert answer.status_code == 400
+    assert len(error_of(answer)["message"]) < 1500
+
+
+def test_a_long_list_is_checked_up_to_its_first_fault():
+    body = json.dumps(completion(prompt=[["a"]] * 20_000)).encode()
+    with pytest.raises(ApiError) as caught:
+        parse_body(body, CompletionBody)
+    assert isinstance(caught.value.__context__, ValidationError)
+    assert caught.value.__context__.error_count() < 20
 
 
 async def test_a_full_engine_is_503_with_retry_after(folder):
