@@ -37,7 +37,10 @@ from spts.errors import SptsError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a sweep. Exit status: 0 done, 1 stopped early or nothing answered, 2 a fault in the request."""
+    """Runs a sweep.
+
+    Exit status: 0 done, 1 stopped early or nothing answered, 2 a fault in the request, 130 Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog="python -m jobs.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="the sweep, a YAML file")
     parser.add_argument("--out", help="folder of the results; default: the configuration's output")
@@ -55,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except (EngineError, EnginesLostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command again goes on from here", file=sys.stderr)
+        return 130
 
 
 def _main(options: argparse.Namespace) -> int:

@@ -195,3 +195,12 @@ def test_more_engines_than_the_cluster_holds(config, write_config, monkeypatch, 
     )
     assert message in capsys.readouterr().err
     assert not (Path(config["output"]) / "plan.json").exists()
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.sweep._main", interrupted)
+    assert main(["--config", "any.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command again goes on from here\n"
