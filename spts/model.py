@@ -190,8 +190,10 @@ class SptsModel:
         """Appends one token to each request and returns the logits after it, float32 [B, V].
 
         `token_ids` [B] goes with `caches`, one request each, in any mixture of lengths and methods. Raises
-        ValueError when a cache has no room left.
+        ValueError when a cache has no room left or is given twice.
         """
+        if len({id(cache) for cache in caches}) != len(caches):
+            raise ValueError("caches must be one per request, got one twice; prefill each request by itself")
         ids_B = token_ids.to(self.device)
         positions_B = torch.tensor([cache.next_position for cache in caches], device=self.device)
         x_BD = self._body.embed_tokens(ids_B)

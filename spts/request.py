@@ -23,7 +23,7 @@ def check_tokens(token_ids: Sequence[int], *, max_new_tokens: int, vocab_size: i
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise RequestError(
                 f"token_ids must be integers in 0..{vocab_size - 1}, got {token_id!r} at index {index}; "
-                "use this model's own tokenizer",
+                "use this model's own tokenizer, and plain integers (.tolist())",
                 code="token_out_of_vocabulary",
                 field="token_ids",
             )

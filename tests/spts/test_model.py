@@ -216,6 +216,14 @@ def test_a_batch_of_requests_equals_each_alone():
         assert ours.num_bytes == theirs.num_bytes
 
 
+def test_one_cache_for_two_requests_is_refused_and_left_alone():
+    model = spts_model(transformers_model("llama"))
+    cache = model.prefill(prompt(9), Dense(), max_new_tokens=2).cache
+    with pytest.raises(ValueError, match="caches must be one per request"):
+        model.decode_step(torch.tensor([1, 2]), [cache, cache])
+    assert cache.next_position == 9
+
+
 def test_random_draws_anew_by_layer_and_the_same_by_seed():
     model = spts_model(transformers_model("llama"), first_layer=2)
     token_ids = prompt(200)
