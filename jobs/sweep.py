@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="the sweep, a YAML file")
     parser.add_argument("--out", help="folder of the results; default: the configuration's output")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the configuration, print the plan, run and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="check the configuration, print the plan, run and write nothing",
     )
     parser.add_argument("--retry-failed", action="store_true", help="also run again what failed before")
     parser.add_argument("--commit", help="git commit of the code, where it runs from a copy without .git")
