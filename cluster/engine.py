@@ -72,7 +72,7 @@ class Engine:
                     await self._start_group()
                     self._step_loop = asyncio.create_task(self._run_steps())
                     await self._warm_up()
-                except BaseException:
+                except BaseException:  # a start that was cancelled leaves ranks behind too
                     await self.shutdown()
                     raise
             assert self._info is not None

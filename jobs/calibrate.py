@@ -22,9 +22,8 @@ from cluster.tokenizer import TextTokenizer
 from jobs.options import describe_schedule, read_schedule, writable_folder, write_json
 from jobs.verdict import TaskCurve, Verdict, judge, table
 from spts.cost import ProxyShape, planned_work, speedup
-from spts.errors import ConfigError, SptsError
+from spts.errors import ConfigError, SptsError, require_int
 from spts.methods import Dense, Spts
-from spts.schedule import require_int
 
 if TYPE_CHECKING:
     from jobs.tasks import Sample

@@ -23,8 +23,7 @@ from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
 from jobs.options import describe_schedule
 from jobs.provenance import versions
 from jobs.timing import Case, Row, measure, plan, table, work_faults
-from spts.errors import ConfigError, SptsError
-from spts.schedule import require_int
+from spts.errors import ConfigError, SptsError, require_int
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spts.errors import ConfigError
-from spts.schedule import PRESETS, Schedule, check_keys, require_int
+from spts.errors import ConfigError, check_keys, require_int
+from spts.schedule import PRESETS, Schedule
 
 
 def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:

@@ -28,8 +28,7 @@ from jobs.demo_loss import DemoLoss, Losses
 from jobs.demo_phases import PHASES, Phase
 from jobs.demo_tokenizer import train_tokenizer
 from jobs.tasks.haystack import haystack_hash
-from spts.errors import ConfigError
-from spts.schedule import require_int
+from spts.errors import ConfigError, require_int
 
 TEXT_WEIGHT = 0.15  # of the text loss beside the answers'
 WARMUP_STEPS = 200  # of each phase

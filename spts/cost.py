@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from spts.schedule import Schedule, config_error, require_int
+from spts.errors import config_error, require_int
+from spts.schedule import Schedule
 
 _SCORE_BYTES = 4  # scores are float32
 _INDEX_BYTES = 8  # selected indices are int64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import partial
 
 
@@ -35,3 +36,34 @@ class RequestError(SptsError):
     def __reduce__(self) -> tuple[partial[RequestError], tuple[object, ...]]:
         # Exceptions are rebuilt from their positional arguments alone, and `code` is not one of them.
         return partial(type(self), code=self.code, field=self.field), self.args
+
+
+def config_error(field: str, rule: str, got: object, remedy: str) -> ConfigError:
+    """The house's error sentence: "<field> must <rule>, got <got>; <remedy>"."""
+    return ConfigError(f"{field} must {rule}, got {got}; {remedy}", field=field)
+
+
+def require_int(field: str, value: object, *, minimum: int) -> None:
+    """Raise ConfigError unless `value` is an integer (a bool is not) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise config_error(field, f"be an integer of at least {minimum}", repr(value), "correct it")
+
+
+def check_keys(
+    where: str, data: object, *, required: Collection[str], optional: Collection[str] = ()
+) -> None:
+    """Raise ConfigError unless `data` is a mapping with all `required` keys, and no others but `optional`."""
+    known = (*required, *optional)
+    if not isinstance(data, Mapping):
+        raise config_error(where, f"be a mapping with the keys {', '.join(known)}", repr(data), "correct it")
+    for key in data:
+        if key not in known:
+            raise config_error(
+                f"{where}.{key}",
+                f"be a known key ({', '.join(known)})",
+                repr(key),
+                "remove it or correct its name",
+            )
+    for key in required:
+        if key not in data:
+            raise config_error(f"{where}.{key}", "be given", "nothing", "add it")

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from spts.errors import ConfigError
-from spts.schedule import Schedule, check_keys, config_error, require_int
+from spts.errors import ConfigError, check_keys, config_error, require_int
+from spts.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ in SPTS, arXiv 2601.13155 (multi-stage delayed pruning). Standard library only: 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from spts.errors import ConfigError
+from spts.errors import ConfigError, check_keys, config_error, require_int
 
 K = 1024  # tokens, the unit of the paper's budgets: with it the KV memory at 32K is the published -58.6 %
 
@@ -282,37 +282,6 @@ class Schedule:
 
 def _round_half_up(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
-
-
-def config_error(field: str, rule: str, got: object, remedy: str) -> ConfigError:
-    """The house's error sentence: "<field> must <rule>, got <got>; <remedy>"."""
-    return ConfigError(f"{field} must {rule}, got {got}; {remedy}", field=field)
-
-
-def require_int(field: str, value: object, *, minimum: int) -> None:
-    """Raise ConfigError unless `value` is an integer (a bool is not) of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise config_error(field, f"be an integer of at least {minimum}", repr(value), "correct it")
-
-
-def check_keys(
-    where: str, data: object, *, required: Collection[str], optional: Collection[str] = ()
-) -> None:
-    """Raise ConfigError unless `data` is a mapping with all `required` keys, and no others but `optional`."""
-    known = (*required, *optional)
-    if not isinstance(data, Mapping):
-        raise config_error(where, f"be a mapping with the keys {', '.join(known)}", repr(data), "correct it")
-    for key in data:
-        if key not in known:
-            raise config_error(
-                f"{where}.{key}",
-                f"be a known key ({', '.join(known)})",
-                repr(key),
-                "remove it or correct its name",
-            )
-    for key in required:
-        if key not in data:
-            raise config_error(f"{where}.{key}", "be given", "nothing", "add it")
 
 
 @dataclass(frozen=True, kw_only=True)
