@@ -49,6 +49,10 @@ class Request:
 
     request_id: unique among the requests in flight. max_new_tokens: at least 1.
     deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
+    prefix_tokens: the first so many tokens are a text that other requests begin with too. What does not
+    depend on the tokens after them (every layer before the method's first_skip_layer) is kept for those.
+    follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
+    (see Agreement); as many as max_new_tokens, or none.
     """
 
     request_id: str
@@ -57,6 +61,19 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     deadline_s: float | None = None
+    prefix_tokens: int = 0
+    follow: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """The method's next-token distribution against the dense model's, where both follow the same tokens.
+
+    kl: KL(dense || method), nats. rank: place of dense's most likely token among the method's, 1 = first.
+    """
+
+    kl: float
+    rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +84,9 @@ class Result:
     last. total_s: arrival to last token. work: per layer, what the prefill really did. kv_tokens: prompt
     tokens in the KV cache, summed over layers. kv_bytes, flops: of the prompt, over all ranks; dense_*: of a
     dense prefill of the same prompt. logprobs: one entry per token when they were asked for, else None.
+    reused_tokens: tokens of the prompt whose shallow layers were kept from an earlier request.
+    reused_flops: the part of flops that was therefore not done again. peak_memory_bytes: most device memory
+    in use on rank 0 from the request's start to its end; None on a CPU. agreement: one per followed token.
     """
 
     request_id: str
@@ -84,11 +104,15 @@ class Result:
     dense_flops: float
     dense_kv_bytes: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    reused_tokens: int = 0
+    reused_flops: float = 0.0
+    peak_memory_bytes: int | None = None
+    agreement: tuple[Agreement, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """A prefill that has ended. kv_tokens, kv_bytes, flops as in `Result`."""
+    """A prefill that has ended. The numbers are those of `Result`."""
 
     request_id: str
     work: tuple[LayerWork, ...]
@@ -97,6 +121,8 @@ class Prefilled:
     flops: float
     dense_flops: float
     dense_kv_bytes: int
+    reused_tokens: int = 0
+    reused_flops: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +177,7 @@ class NewToken:
     request_id: str
     token_id: int
     logprobs: TokenLogprobs | None = None
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,10 +147,12 @@ def draw_samples(tokenizer: TextTokenizer, name: str, *, length: int, count: int
     Raises ConfigError when they have no room for the question.
     """
     from jobs.tasks import get_task
+    from jobs.tokens import PlainTokens
 
     task = get_task(name)
     room = length - task.max_new_tokens - 1
-    return task.samples(lambda text: len(_encode(tokenizer, text)), length=room, count=count, seed=0)
+    tokens = PlainTokens(tokenizer.tokenizer)
+    return list(task.samples(tokens, length=room, count=count, seed=0))
 
 
 def measure_task(
@@ -178,8 +180,8 @@ def measure_task(
             right[layer] += logits_LV.argmax(dim=-1).tolist() == answer
         said = [model.generate(prompt, each, task.max_new_tokens).token_ids for each in (Dense(), method)]
         texts = [tokenizer.tokenizer.decode(token_ids) for token_ids in said]
-        dense += task.score(texts[0], sample.references)
-        chosen += task.score(texts[1], sample.references)
+        dense += task.score(texts[0], sample.references, sample.meta)
+        chosen += task.score(texts[1], sample.references, sample.meta)
     return TaskCurve(
         name=name,
         samples=len(samples),

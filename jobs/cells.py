@@ -138,12 +138,17 @@ def _cells(
                         "method": method.to_dict(),
                         "task": task.name,
                         "task_version": task.version,
+                        "task_content": dict(task.content()),
                         "max_new_tokens": task.max_new_tokens,
                         "length": length,
                         "seed": seed,
                     }
                     record = CellRecord(
-                        id=content_hash(content), label=spec.title, model=name, content=content
+                        id=content_hash(content),
+                        label=spec.title,
+                        model=name,
+                        content=content,
+                        task_spec=dict(task.spec),
                     )
                     cells.append(Cell(record=record, method=method, count=sweep.count(length)))
     return cells

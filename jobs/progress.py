@@ -57,7 +57,13 @@ class SweepProgress:
         self._done += 1
         self._flops_done += work.flops
         failed = row.error is not None or row.text is None
-        score = 0.0 if failed else get_task(work.cell.task).score(row.text or "", work.planned.references)
+        score = (
+            0.0
+            if failed
+            else get_task(work.cell.task_spec).score(
+                row.text or "", work.planned.references, work.planned.meta
+            )
+        )
         self._scores[work.cell.label].append(score)
         now = self._clock()
         if failed:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Self
 
 from spts.errors import ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _ROWS = "rows"
 _PLAN = "plan.json"
@@ -44,6 +44,7 @@ class CellRecord:
     label: str = _doc("name of the method in reports; unique per model")
     model: str = _doc("name of the model in reports")
     content: Mapping[str, Any] = _doc("all that can change an answer: model, method, task, length, seed")
+    task_spec: Mapping[str, Any] = _doc("the entry of `tasks` that makes this task, for scoring")
 
     @property
     def task(self) -> str:
@@ -72,7 +73,8 @@ class PlannedSample:
     prompt_sha256: str = _doc("hash of the rendered prompt")
     question: str = _doc("the prompt's last characters, for reading")
     references: tuple[str, ...] = _doc("what a right answer contains")
-    meta: Mapping[str, str | int | float] = _doc("what the task says of the sample")
+    meta: Mapping[str, Any] = _doc("what the task says of the sample")
+    context: str | None = _doc("name of the text that several samples begin with; null = its own text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class Row:
     attempts: int = _doc("times the sample was tried, 1 or more")
     finished_unix_s: float = _doc("time of writing, seconds since 1970")
     error: str | None = _doc("why there is no answer; null for an answered sample", default=None)
+    error_kind: str | None = _doc("kind of the error, one of cluster.protocol.ERROR_KINDS", default=None)
     prompt_tokens: int | None = _doc("tokens of the prompt as the engine counted them", default=None)
     text: str | None = _doc("the answer, as decoded, untouched", default=None)
     token_ids: tuple[int, ...] | None = _doc("the answer's tokens", default=None)
@@ -108,6 +111,21 @@ class Row:
     total_s: float | None = _doc("seconds from arrival to the last token", default=None)
     flops: float | None = _doc("operations of the prefill, from the work really done", default=None)
     dense_flops: float | None = _doc("the same for a dense prefill of this prompt", default=None)
+    reused_tokens: int | None = _doc(
+        "prompt tokens whose shallow layers came from a prompt before this one", default=None
+    )
+    reused_flops: float | None = _doc(
+        "operations of `flops` that were not done again because of them; such a ttft_s is not a prompt's own",
+        default=None,
+    )
+    peak_memory_bytes: int | None = _doc(
+        "most device memory in use on rank 0 while the sample ran; null on a CPU", default=None
+    )
+    agreement: Mapping[str, Any] | None = _doc(
+        "of a sample that follows given tokens, lists with one number per token: kl (nats, dense from "
+        "method), rank (of dense's token in the method's distribution, 1 = first)",
+        default=None,
+    )
     kv_bytes: int | None = _doc("bytes of the KV cache after the prefill, all layers", default=None)
     dense_kv_bytes: int | None = _doc("the same for a dense prefill of this prompt", default=None)
 

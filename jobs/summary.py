@@ -117,7 +117,7 @@ def load(folder: Path) -> Results:
 
 
 def _score(cell: CellRecord, planned: PlannedSample, row: Row) -> Scored:
-    task = get_task(cell.task)
+    task = get_task(cell.task_spec)
     if cell.content["task_version"] != task.version:
         raise ConfigError(
             f"version of task {cell.task!r} must be {task.version} to be scored by this package, "
@@ -129,7 +129,7 @@ def _score(cell: CellRecord, planned: PlannedSample, row: Row) -> Scored:
         cell=cell,
         planned=planned,
         row=row,
-        score=0.0 if answer is None else task.score(answer, planned.references),
+        score=0.0 if answer is None else task.score(answer, planned.references, planned.meta),
     )
 
 

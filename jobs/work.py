@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from cluster.tokenizer import TextTokenizer
 from jobs.cells import Cell, ModelPlan
 from jobs.record import CellRecord, PlannedSample, sample_key
 from jobs.tasks import Sample, get_task
+from jobs.tokens import PlainTokens
 from spts.cost import planned_work, prefill_flops
 from spts.errors import ConfigError
 from spts.methods import Method
@@ -36,11 +36,7 @@ class Prompts:
 
     def __init__(self, folder: Path) -> None:
         self._text = TextTokenizer(folder)
-        # The lines of a haystack come again in sample after sample.
-        self.count = lru_cache(maxsize=200_000)(self._count)
-
-    def _count(self, text: str) -> int:
-        return len(self._text.tokenizer.encode(text, add_special_tokens=False).ids)
+        self.tokens = PlainTokens(self._text.tokenizer)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a prompt, with whatever the tokenizer adds to one."""
@@ -48,7 +44,7 @@ class Prompts:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of an answer, without special tokens."""
-        return str(self._text.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return self.tokens.decode(list(token_ids))
 
 
 def prepare(plan: ModelPlan, prompts: Prompts) -> list[Work]:
@@ -72,7 +68,7 @@ def prepare(plan: ModelPlan, prompts: Prompts) -> list[Work]:
 def _samples(
     task: str, length: int, seed: int, count: int, prompts: Prompts
 ) -> list[tuple[Sample, tuple[int, ...]]]:
-    made = get_task(task).samples(prompts.count, length=length, count=count, seed=seed)
+    made = get_task(task).samples(prompts.tokens, length=length, count=count, seed=seed)
     return [(sample, prompts.encode(sample.prompt)) for sample in made]
 
 
@@ -94,6 +90,7 @@ def _work(plan: ModelPlan, cell: Cell, sample: Sample, token_ids: tuple[int, ...
         question=sample.prompt[-_QUESTION_CHARS:],
         references=tuple(sample.references),
         meta=dict(sample.meta),
+        context=sample.context,
     )
     method = cell.method
     layers = planned_work(

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from jobs.tasks.base import CountTokens, Sample
+from jobs.tasks.base import Meta, Sample, Tokens
 from jobs.tasks.haystack import haystack, haystack_hash
-from spts.errors import ConfigError
+from spts.errors import ConfigError, check_keys
 
 NUM_VALUES = 3
 
@@ -103,11 +103,19 @@ class NeedleTask:
     num_values: int = 1
     two_hop: bool = False
     num_distractors: int = 0
-    version: int = 1
+    version: ClassVar[int] = 1
+    stop: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def spec(self) -> Meta:
+        return {"name": self.name}
 
     @property
     def max_new_tokens(self) -> int:
         return 8 * self.num_values
+
+    def content(self) -> Meta:
+        return {"haystack": haystack_hash("held_out")}
 
     def _needles(self, rng: random.Random) -> list[Needle]:
         nouns = rng.sample(words(), k=4 * (1 + self.num_distractors))
@@ -115,26 +123,24 @@ class NeedleTask:
             return [chain(nouns) for _ in range(1 + self.num_distractors)]
         return [fact(nouns, self.num_values) for _ in range(1 + self.num_distractors)]
 
-    def _sample(
-        self, count_tokens: CountTokens, text: Sequence[str], length: int, seed: int, index: int
-    ) -> Sample:
+    def _sample(self, tokens: Tokens, text: Sequence[str], length: int, seed: int, index: int) -> Sample:
         rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{index}")
         needles = self._needles(rng)
         asked = needles[0]
         hidden = [line for needle in needles for line in needle.lines]
-        room = length - count_tokens("\n".join(hidden) + ask(asked.question)) - 1
+        room = length - tokens.count("\n".join(hidden) + ask(asked.question)) - 1
         start = rng.randrange(len(text))
         document: list[str] = []
         while room > 0:
             line = text[(start + len(document)) % len(text)]
-            room -= count_tokens(line + "\n")
+            room -= tokens.count(line + "\n")
             document.append(line)
         # Joined lines can have other tokens than the lines alone: the whole prompt's count has the last word.
         while True:
             placed = random.Random(f"{self.name}/{length}/{seed}/{index}/places")
             lines, places = hide(placed, document, hidden)
             prompt = "\n".join(lines) + ask(asked.question)
-            if (excess := count_tokens(prompt) - length) <= 0:
+            if (excess := tokens.count(prompt) - length) <= 0:
                 break
             if not document:
                 raise ConfigError(
@@ -147,22 +153,20 @@ class NeedleTask:
             id=f"{self.name}-{length}-{seed}-{index}",
             prompt=prompt,
             references=asked.answers,
-            meta={
-                "depth": round(places[len(asked.lines) - 1] / len(lines), 4),
-                "haystack": haystack_hash("held_out"),
-            },
+            meta={"depth": round(places[len(asked.lines) - 1] / len(lines), 4)},
         )
 
-    def samples(self, count_tokens: CountTokens, *, length: int, count: int, seed: int) -> list[Sample]:
+    def samples(self, tokens: Tokens, *, length: int, count: int, seed: int) -> Iterator[Sample]:
         """`count` samples of at most `length` tokens over held-out text, sample i the same for any `count`.
 
         Raises:
             ConfigError: `length` leaves no room for the needles and the question.
         """
         text = haystack("held_out")
-        return [self._sample(count_tokens, text, length, seed, index) for index in range(count)]
+        for index in range(count):
+            yield self._sample(tokens, text, length, seed, index)
 
-    def score(self, text: str, references: tuple[str, ...]) -> float:
+    def score(self, text: str, references: tuple[str, ...], meta: Meta) -> float:
         """Share of the references that the answer names as whole words, whatever their case."""
         said = set(re.findall(r"[a-z]+", text.lower()))
         return sum(reference.lower() in said for reference in references) / len(references)
@@ -174,3 +178,9 @@ NEEDLE_TASKS = (
     NeedleTask(name="multivalue", num_values=NUM_VALUES, num_distractors=2),
     NeedleTask(name="twohop", two_hop=True, num_distractors=5),
 )
+
+
+def make(name: str, params: Mapping[str, Any]) -> tuple[NeedleTask, ...]:
+    """The task of that name, or all four for "needle". They have no parameters. Raises ConfigError."""
+    check_keys(f"tasks.{name}", params, required=())
+    return tuple(task for task in NEEDLE_TASKS if name in ("needle", task.name))

@@ -50,7 +50,13 @@ def write_results(
                     "length": length,
                     "seed": 0,
                 }
-                cell = CellRecord(id=content_hash(content), label=method, model="demo_model", content=content)
+                cell = CellRecord(
+                    id=content_hash(content),
+                    label=method,
+                    model="demo_model",
+                    content=content,
+                    task_spec={"name": task},
+                )
                 cells.append(cell)
                 for number in range(count):
                     sample_id = f"{task}-{length}-0-{number}"
@@ -67,6 +73,7 @@ def write_results(
                         question="What is the code of falcon?\nAnswer:",
                         references=references,
                         meta={"depth": round(rng.random(), 4)},
+                        context=None,
                     )
                     samples.append(planned)
                     name = f"{method}/{sample_id}"

@@ -9,7 +9,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from jobs.demo_circuit import HEADS_PER_KV, LOOK_BACK, LOOKUP_LAYERS, new_model
-from jobs.tasks import TASKS
+from jobs.tasks import get_task
+from jobs.tokens import PlainTokens
 from tests.jobs.short_training import bundled_tokenizer
 
 
@@ -24,9 +25,11 @@ def untrained() -> Qwen2ForCausalLM:
 def looked_at(request, untrained):
     """Token ids of a prompt, the key it asks for, and the untrained model's attention weights by layer."""
     tokenizer = bundled_tokenizer()
-    sample = TASKS["multikey"].samples(
-        lambda text: len(tokenizer.encode(text)), length=512, count=1, seed=request.param
-    )[0]
+    sample = next(
+        get_task("multikey").samples(
+            PlainTokens(tokenizer.backend_tokenizer), length=512, count=1, seed=request.param
+        )
+    )
     token_ids = tokenizer.encode(sample.prompt)
     with torch.no_grad():
         attentions = untrained(torch.tensor([token_ids]), output_attentions=True).attentions

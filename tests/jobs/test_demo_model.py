@@ -10,7 +10,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 import spts
 from jobs.demo_circuit import LOOKUP_LAYERS, new_model
-from jobs.tasks import TASKS
+from jobs.tasks.needle import NEEDLE_TASKS
+from jobs.tokens import PlainTokens
 from spts.methods import Dense
 from spts.model import SptsModel
 from spts.schedule import Schedule
@@ -22,10 +23,10 @@ def model() -> SptsModel:
     return spts.load(BUNDLED)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_dense_answers_are_exact(name, model):
-    tokenizer, task = bundled_tokenizer(), TASKS[name]
-    samples = task.samples(lambda text: len(tokenizer.encode(text)), length=1024, count=3, seed=0)
+@pytest.mark.parametrize("task", NEEDLE_TASKS, ids=lambda task: task.name)
+def test_dense_answers_are_exact(task, model):
+    tokenizer = bundled_tokenizer()
+    samples = task.samples(PlainTokens(tokenizer.backend_tokenizer), length=1024, count=3, seed=0)
     for sample in samples:
         generation = model.generate(
             tokenizer.encode(sample.prompt), Dense(), max_new_tokens=task.max_new_tokens

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from jobs.tasks import TASKS, Task, get_task
-from jobs.tasks.base import CountTokens, Sample
+from jobs.tasks import Sample, Tokens, get_task, make_tasks
 from jobs.tasks.haystack import haystack
-from jobs.tasks.needle import NUM_VALUES, ask, chain, fact, hide, words
+from jobs.tasks.needle import NEEDLE_TASKS, NUM_VALUES, ask, chain, fact, hide, words
+from jobs.tokens import PlainTokens
 from spts.errors import ConfigError
 
 DEMO_TOKENIZER = Path("jobs/demo_model/tokenizer.json")
@@ -20,11 +21,29 @@ FACT = re.compile(r"^The code of (\w+) is (\w+)\.$", re.MULTILINE)
 LINK = re.compile(r"^The twin of (\w+) is (\w+)\.$", re.MULTILINE)
 NUM_LINES = {"single": 1, "multikey": 12, "multivalue": 9, "twohop": 12}
 
+TASKS = {task.name: task for task in NEEDLE_TASKS}
+
+
+class Counting:
+    """Tokens of any kind: what a text is split into."""
+
+    def __init__(self, split: Callable[[str], list[str]]) -> None:
+        self._split = split
+
+    def count(self, text: str) -> int:
+        return len(self._split(text))
+
+    def encode(self, text: str) -> list[int]:
+        raise AssertionError("needles only count")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        raise AssertionError("needles only count")
+
 
 @pytest.fixture(scope="module")
-def count_tokens() -> CountTokens:
+def tokens() -> Tokens:
     tokenizer = Tokenizer.from_file(str(Path(__file__).parents[2] / DEMO_TOKENIZER))
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+    return PlainTokens(tokenizer)
 
 
 def split(sample: Sample) -> tuple[str, str]:
@@ -36,22 +55,22 @@ def split(sample: Sample) -> tuple[str, str]:
 
 @pytest.mark.parametrize("length", [512, 1000, 4096])
 @pytest.mark.parametrize("name", TASKS)
-def test_prompts_fill_the_length_and_never_exceed_it(name, length, count_tokens):
-    for sample in TASKS[name].samples(count_tokens, length=length, count=6, seed=3):
+def test_prompts_fill_the_length_and_never_exceed_it(name, length, tokens):
+    for sample in TASKS[name].samples(tokens, length=length, count=6, seed=3):
         longest_line = 160  # in characters, so in tokens too
-        assert length - longest_line < count_tokens(sample.prompt) <= length
+        assert length - longest_line < tokens.count(sample.prompt) <= length
 
 
 @pytest.mark.parametrize("count", [str.split, list], ids=["words", "characters"])
 def test_the_bound_holds_for_any_count(count):
-    for sample in TASKS["twohop"].samples(lambda text: len(count(text)), length=2000, count=4, seed=0):
+    for sample in TASKS["twohop"].samples(Counting(count), length=2000, count=4, seed=0):
         assert len(count(sample.prompt)) <= 2000
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_same_arguments_same_samples(name, count_tokens):
+def test_same_arguments_same_samples(name, tokens):
     def draw(**changes: int) -> list[Sample]:
-        return TASKS[name].samples(count_tokens, **{"length": 512, "count": 3, "seed": 1, **changes})
+        return list(TASKS[name].samples(tokens, **{"length": 512, "count": 3, "seed": 1, **changes}))
 
     samples = draw()
     assert draw() == samples
@@ -61,8 +80,8 @@ def test_same_arguments_same_samples(name, count_tokens):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_answer_is_in_the_document_in_one_way(name, count_tokens):
-    for sample in TASKS[name].samples(count_tokens, length=1000, count=8, seed=0):
+def test_the_answer_is_in_the_document_in_one_way(name, tokens):
+    for sample in TASKS[name].samples(tokens, length=1000, count=8, seed=0):
         document, question = split(sample)
         facts, links = FACT.findall(document), dict(LINK.findall(document))
         asked = re.fullmatch(r".* of (\w+)\?", question)
@@ -79,9 +98,9 @@ def test_the_answer_is_in_the_document_in_one_way(name, count_tokens):
         assert set(nouns) <= set(words())
 
 
-def test_depth_says_where_the_answer_stands(count_tokens):
+def test_depth_says_where_the_answer_stands(tokens):
     depths = []
-    for sample in TASKS["twohop"].samples(count_tokens, length=1000, count=20, seed=0):
+    for sample in TASKS["twohop"].samples(tokens, length=1000, count=20, seed=0):
         lines = split(sample)[0].splitlines()
         place = next(i for i, line in enumerate(lines) if line.endswith(f" is {sample.references[0]}."))
         assert sample.meta["depth"] == pytest.approx(place / len(lines), abs=0.02)
@@ -89,18 +108,18 @@ def test_depth_says_where_the_answer_stands(count_tokens):
     assert min(depths) < 0.3 < 0.7 < max(depths)
 
 
-def test_everything_else_is_held_out_text(count_tokens):
+def test_everything_else_is_held_out_text(tokens):
     held_out = set(haystack("held_out"))
-    (sample,) = TASKS["multikey"].samples(count_tokens, length=4096, count=1, seed=0)
+    (sample,) = TASKS["multikey"].samples(tokens, length=4096, count=1, seed=0)
     text = [line for line in split(sample)[0].splitlines() if not FACT.match(line)]
     assert len(text) > 100
     assert set(text) <= held_out
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_too_short_a_length_names_one_that_works(name, count_tokens):
+def test_too_short_a_length_names_one_that_works(name, tokens):
     def draw(length: int) -> list[Sample]:
-        return TASKS[name].samples(count_tokens, length=length, count=1, seed=0)
+        return list(TASKS[name].samples(tokens, length=length, count=1, seed=0))
 
     with pytest.raises(ConfigError, match=rf"task '{name}', got 9 tokens; use at least \d+") as refused:
         draw(9)
@@ -108,7 +127,7 @@ def test_too_short_a_length_names_one_that_works(name, count_tokens):
     enough = int(str(refused.value).rpartition(" ")[2])
     with pytest.raises(ConfigError, match="length must leave room"):
         draw(enough - 1)
-    assert count_tokens(draw(enough)[0].prompt) == enough
+    assert tokens.count(draw(enough)[0].prompt) == enough
 
 
 @pytest.mark.parametrize(
@@ -126,27 +145,31 @@ def test_too_short_a_length_names_one_that_works(name, count_tokens):
     ],
 )
 def test_score(text, references, score):
-    assert get_task("multivalue").score(text, references) == pytest.approx(score)
+    assert get_task("multivalue").score(text, references, {}) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_full_answer_fits_into_max_new_tokens(name, count_tokens):
+def test_a_full_answer_fits_into_max_new_tokens(name, tokens):
     task = get_task(name)
-    for sample in task.samples(count_tokens, length=512, count=4, seed=0):
+    for sample in task.samples(tokens, length=512, count=4, seed=0):
         answer = " " + ", ".join(sample.references)
-        assert count_tokens(answer) < task.max_new_tokens
-        assert task.score(answer, sample.references) == 1.0
+        assert tokens.count(answer) < task.max_new_tokens
+        assert task.score(answer, sample.references, sample.meta) == 1.0
 
 
-def test_every_task_is_a_task():
-    assert list(TASKS) == ["single", "multikey", "multivalue", "twohop"]
-    for name, task in TASKS.items():
-        assert isinstance(task, Task)
-        assert task.name == name
+def test_every_task_is_made_by_its_spec():
+    assert make_tasks("needle") == NEEDLE_TASKS
+    for task in NEEDLE_TASKS:
+        assert make_tasks(task.spec) == (task,)
+
+
+def test_a_parameter_that_a_task_does_not_have():
+    with pytest.raises(ConfigError, match=r"tasks\.single.*depths"):
+        make_tasks({"name": "single", "depths": 3})
 
 
 def test_unknown_task():
-    with pytest.raises(ConfigError, match=r"task must be one of multikey, .*got 'singel'; fix the name"):
+    with pytest.raises(ConfigError, match=r"task must be one of needle, single, .*got 'singel'; fix"):
         get_task("singel")
 
 

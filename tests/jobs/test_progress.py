@@ -19,9 +19,9 @@ class Clock:
 
 
 def work(label: str, flops: float, reference: str = "amber"):
-    cell = SimpleNamespace(label=label, task="single", length=4096)
+    cell = SimpleNamespace(label=label, task="single", task_spec={"name": "single"}, length=4096)
     return SimpleNamespace(
-        cell=cell, flops=flops, planned=SimpleNamespace(references=(reference,), sample="s-1")
+        cell=cell, flops=flops, planned=SimpleNamespace(references=(reference,), sample="s-1", meta={})
     )
 
 

@@ -70,7 +70,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 def test_rows_of_another_schema_are_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "x.jsonl").write_text(json.dumps({"key": "a", "colour": "red"}) + "\n")
-    with pytest.raises(ConfigError, match=r"keys of schema 1, got other .*'colour'"):
+    with pytest.raises(ConfigError, match=r"keys of schema 2, got other .*'colour'"):
         read_rows(tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_a_plan_of_another_schema_is_refused(tmp_path):
     write_results(tmp_path, lengths=(64,), count=1)
     plan = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "schema": 99}))
-    with pytest.raises(ConfigError, match="must have schema 1, got 99"):
+    with pytest.raises(ConfigError, match="must have schema 2, got 99"):
         read_plan(tmp_path)
 
 

@@ -92,7 +92,7 @@ def scores(folder, label, **where):
             continue
         failed = row.error is not None
         found[planned.sample] = (
-            0.0 if failed else get_task(cell.task).score(row.text or "", planned.references)
+            0.0 if failed else get_task(cell.task).score(row.text or "", planned.references, planned.meta)
         )
     return found
 

@@ -56,7 +56,7 @@ def test_prompts_fill_their_length_and_hold_what_is_asked(prepared):
         assert one.planned.prompt_tokens == len(one.token_ids)
         text = prompts.decode(one.token_ids)
         assert text.endswith(one.planned.question)
-        assert get_task(one.cell.task).score(text, one.planned.references) == 1.0
+        assert get_task(one.cell.task).score(text, one.planned.references, one.planned.meta) == 1.0
         assert "Question:" in one.planned.question
         assert 0 <= one.planned.meta["depth"] <= 1
 
