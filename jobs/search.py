@@ -1,0 +1,348 @@
+"""A search for the schedule that agrees best with the dense model, its trials measured on engines.
+
+Optuna proposes points of a `Space` (ask and tell, in the driver); an engine measures a whole schedule, all
+prompts one after the other, so that as many trials run at a time as there are engines. Every measurement is a
+line of a file as soon as it is there, and a search that is started again begins with what the file holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.protocol import EngineError, Request, Result
+from jobs.record import read_lines, repair_last_line, to_line
+from jobs.runner import EnginesLostError, SweepEngine
+from jobs.schedule_space import Space
+from spts.methods import Dense, Method, Spts
+from spts.schedule import Schedule
+
+if TYPE_CHECKING:
+    import optuna
+
+_ATTEMPTS = 3
+_TIMEOUT_S = 600.0
+# Kinds of errors that say nothing of the schedule: another try, perhaps on another engine, may succeed.
+_ENGINE_FAULTS = ("unavailable", "overloaded", "internal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt to measure on. follow: the tokens after it at which distributions are compared; empty = the
+    dense model's own answer, which is still to be asked for. max_new_tokens: its length, at most."""
+
+    id: str
+    task: str
+    token_ids: tuple[int, ...]
+    follow: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A schedule against the dense model, one number per prompt: the mean over its followed tokens.
+
+    agreement: share of tokens whose most likely token is dense's, 0 to 1. kl: KL(dense || schedule), nats.
+    """
+
+    agreement: tuple[float, ...]
+    kl: tuple[float, ...]
+
+    @property
+    def mean_agreement(self) -> float:
+        """Mean over the prompts."""
+        return sum(self.agreement) / len(self.agreement)
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over the prompts."""
+        return sum(self.kl) / len(self.kl)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A schedule with its predicted speed-up over dense, and how well it agrees on the calibration set."""
+
+    schedule: Schedule
+    speedup: float
+    measured: Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is best: the lowest KL at a given cost, or the fastest that loses at most `max_drop` of agreement.
+
+    max_drop: share of tokens (0 to 1) that may differ from dense's; None = the cost is given.
+    """
+
+    max_drop: float | None = None
+
+    def loss(self, speedup: float, measured: Measured) -> float:
+        """What the search minimises. Under `max_drop`: of those that keep it the share of dense's FLOP; of
+        the others, all above 1, what they lose too much."""
+        if self.max_drop is None:
+            return measured.mean_kl
+        excess = 1 - measured.mean_agreement - self.max_drop
+        return 1 / speedup if excess <= 1e-9 else 1 + excess
+
+    def met(self, candidate: Candidate) -> bool:
+        """Whether a candidate keeps `max_drop`."""
+        return self.max_drop is None or self.loss(candidate.speedup, candidate.measured) <= 1
+
+
+class TrialLog:
+    """The measurements of one search, a JSON line each, in a file that several searches may share.
+
+    search: hash of all that can change a measurement or a proposal; lines of other searches are left alone.
+
+    Raises ConfigError for a line that is no JSON object, other than a last one torn by a kill.
+    """
+
+    def __init__(self, path: Path, search: str) -> None:
+        self._path, self._search = path, search
+        self.measured: dict[tuple[str, Schedule], Measured] = {}
+        self.points: list[tuple[dict[str, float], Schedule]] = []
+        with path.open("ab+", buffering=0) as file:
+            repair_last_line(file)
+        for line in read_lines(path):
+            if line.get("search") == search:
+                measured = Measured(agreement=tuple(line["agreement"]), kl=tuple(line["kl_nats"]))
+                self._add(line["set"], Schedule.from_dict(line["schedule"]), measured, line["point"])
+
+    def write(
+        self,
+        name: str,
+        schedule: Schedule,
+        measured: Measured,
+        *,
+        speedup: float,
+        point: Mapping[str, float] | None = None,
+    ) -> None:
+        """Appends what `schedule` gave on the prompts of set `name`. point: where in the space it lies, if
+        the search proposed it."""
+        line = {
+            "search": self._search,
+            "set": name,
+            "point": None if point is None else dict(point),
+            "schedule": schedule.to_dict(),
+            "speedup": speedup,
+            "agreement": measured.agreement,
+            "kl_nats": measured.kl,
+            "finished_unix_s": round(time.time(), 3),
+        }
+        with self._path.open("ab", buffering=0) as file:
+            file.write(to_line(line))
+        self._add(name, schedule, measured, point)
+
+    def _add(
+        self, name: str, schedule: Schedule, measured: Measured, point: Mapping[str, float] | None
+    ) -> None:
+        self.measured[name, schedule] = measured
+        if point is not None:
+            self.points.append((dict(point), schedule))
+
+
+@dataclass(kw_only=True)
+class Pool:
+    """Engines that measure schedules, each one at a time."""
+
+    engines: Sequence[SweepEngine]
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    async def measure(
+        self,
+        schedules: Iterator[Schedule],
+        prompts: Sequence[Prompt],
+        done: Callable[[Schedule, Measured], None],
+    ) -> None:
+        """Pulls schedules as engines are free and calls `done` with each and what it gave.
+
+        Raises EnginesLostError when all engines are gone before the last one is measured, EngineError when
+        one refuses a prompt.
+        """
+        idle, waiting = list(self.engines), deque[Schedule]()
+        running: dict[asyncio.Task[Measured | None], tuple[SweepEngine, Schedule]] = {}
+        try:
+            while True:
+                while idle and (schedule := waiting.popleft() if waiting else next(schedules, None)):
+                    engine = idle.pop(0)
+                    task = asyncio.create_task(self._measure(engine, schedule, prompts))
+                    running[task] = engine, schedule
+                if not running:
+                    break
+                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in finished:
+                    engine, schedule = running.pop(task)
+                    measured = task.result()
+                    if measured is None:
+                        waiting.append(schedule)
+                    else:
+                        idle.append(engine)
+                        done(schedule, measured)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        if not idle:
+            raise EnginesLostError(
+                "engines must stay alive, got none left in the middle of the search; "
+                "run the same command again to do the rest"
+            )
+
+    async def answered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts, each that has nothing to follow with the dense model's own answer.
+
+        Raises as `measure` does.
+        """
+
+        async def answer(prompt: Prompt, engine: SweepEngine) -> Prompt:
+            result = await self._run(engine, prompt, Dense())
+            if result is None:
+                raise EnginesLostError(f"{engine.name} must stay alive, got lost; run the same command again")
+            return replace(prompt, follow=tuple(result.token_ids))
+
+        async def lane(number: int) -> dict[int, Prompt]:
+            mine = range(number, len(prompts), len(self.engines))
+            return {
+                index: await answer(prompts[index], self.engines[number])
+                for index in mine
+                if not prompts[index].follow
+            }
+
+        lanes = await asyncio.gather(*(lane(number) for number in range(len(self.engines))))
+        asked = {index: prompt for each in lanes for index, prompt in each.items()}
+        return [asked.get(index, prompt) for index, prompt in enumerate(prompts)]
+
+    async def _measure(
+        self, engine: SweepEngine, schedule: Schedule, prompts: Sequence[Prompt]
+    ) -> Measured | None:
+        """None when the engine is gone."""
+        agreement, kl = [], []
+        for prompt in prompts:
+            result = await self._run(engine, prompt, Spts(schedule=schedule))
+            if result is None:
+                return None
+            assert result.agreement, "an engine compares every followed token"
+            agreement.append(sum(each.rank == 1 for each in result.agreement) / len(result.agreement))
+            kl.append(sum(each.kl for each in result.agreement) / len(result.agreement))
+        return Measured(agreement=tuple(agreement), kl=tuple(kl))
+
+    async def _run(self, engine: SweepEngine, prompt: Prompt, method: Method) -> Result | None:
+        for attempt in itertools.count(1):
+            request = Request(
+                request_id=f"{prompt.id}-{next(self._numbers)}",
+                token_ids=prompt.token_ids,
+                method=method,
+                max_new_tokens=len(prompt.follow) or prompt.max_new_tokens,
+                follow=prompt.follow,
+                deadline_s=_TIMEOUT_S,
+            )
+            try:
+                return await engine.run(request)
+            except EngineError as error:
+                if error.kind not in _ENGINE_FAULTS or attempt == _ATTEMPTS:
+                    raise
+                if not await engine.recover():
+                    return None
+        raise AssertionError("the loop has no end")
+
+
+class Search:
+    """Proposes schedules until `num_trials` have been measured, those of the log among them.
+
+    starts: schedules to try first, where they lie in the space. TPE is the sampler because the space mixes
+    integers with ranges, a hundred trials are few, and it takes proposals while others are still measured.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        goal: Goal,
+        log: TrialLog,
+        *,
+        num_trials: int,
+        seed: int,
+        starts: Sequence[Schedule] = (),
+    ) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space, self.goal, self.num_trials = space, goal, num_trials
+        self._log = log
+        self._ranges = space.distributions()
+        self._asked: dict[Schedule, list[optuna.trial.Trial]] = {}
+        # Not the same draws again where a search goes on.
+        sampler = optuna.samplers.TPESampler(seed=seed + len(log.points), multivariate=True)
+        self._study = optuna.create_study(sampler=sampler)
+        for point, schedule in log.points:
+            value = self._loss(schedule)
+            self._study.add_trial(
+                optuna.trial.create_trial(params=point, distributions=self._ranges, value=value)
+            )
+        for start in starts:
+            point = space.point(start)
+            if ("calibration", space.schedule(point)) not in log.measured:
+                self._study.enqueue_trial(point)
+
+    @property
+    def num_done(self) -> int:
+        """Trials measured."""
+        return len(self._log.points)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Every schedule of the calibration set in the log, as measured, in order of measurement."""
+        return [
+            Candidate(schedule=schedule, speedup=self.space.costs.speedup(schedule), measured=measured)
+            for (name, schedule), measured in self._log.measured.items()
+            if name == "calibration"
+        ]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The trial with the lowest loss, the first of equals; None before the first."""
+        proposed = {schedule for _, schedule in self._log.points}
+        trials = [candidate for candidate in self.candidates if candidate.schedule in proposed]
+        return min(trials, key=lambda one: self.goal.loss(one.speedup, one.measured), default=None)
+
+    def proposals(self) -> Iterator[Schedule]:
+        """Schedules to measure; ends when `num_trials` are done or on their way."""
+        while self.num_done + sum(map(len, self._asked.values())) < self.num_trials:
+            trial = self._study.ask(self._ranges)
+            schedule = self.space.schedule(trial.params)
+            self._asked.setdefault(schedule, []).append(trial)
+            known = self._log.measured.get(("calibration", schedule))
+            if known is not None:  # several points can stand for one schedule
+                self.tell(schedule, known)
+            elif len(self._asked[schedule]) == 1:  # else it is being measured
+                yield schedule
+
+    def tell(self, schedule: Schedule, measured: Measured) -> None:
+        """What a proposed schedule gave on the calibration set."""
+        for trial in self._asked.pop(schedule):
+            self._log.write(
+                "calibration",
+                schedule,
+                measured,
+                speedup=self.space.costs.speedup(schedule),
+                point=trial.params,
+            )
+            self._study.tell(trial, self._loss(schedule))
+
+    def _loss(self, schedule: Schedule) -> float:
+        return self.goal.loss(self.space.costs.speedup(schedule), self._log.measured["calibration", schedule])
+
+
+def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other beats in both speed-up and KL, fastest last; of equals the first."""
+    kept: list[Candidate] = []
+    for one in sorted(candidates, key=lambda one: (-one.speedup, one.measured.mean_kl)):
+        if not kept or one.measured.mean_kl < kept[-1].measured.mean_kl:
+            kept.append(one)
+    return kept[::-1]
