@@ -90,6 +90,6 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[s
 
 
 def preset_file(schedule: Schedule, *, reference_tokens: int, comments: Sequence[str]) -> str:
-    """The YAML that `--schedule` and a sweep's `schedule` take: scaled from `reference_tokens` to any length."""
+    """The YAML that `--schedule` and a sweep's `schedule` take; it is scaled from `reference_tokens`."""
     data: dict[str, Any] = {**schedule.to_dict(), "reference_tokens": reference_tokens}
     return "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(data, sort_keys=False)

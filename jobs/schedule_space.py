@@ -78,12 +78,15 @@ class CostModel:
 
 
 def tidy(schedule: Schedule, num_tokens: int) -> Schedule:
-    """The same work on a prompt of `num_tokens` tokens, in the smallest numbers that say so: no budget above
-    the candidates, no cut that cuts nothing."""
+    """The same work on a prompt of `num_tokens` tokens, in the smallest numbers that say so: no first stage
+    in which nothing is skipped or cut, no budget above the candidates, no cut that cuts nothing."""
     stages: list[Stage] = []
-    candidates = num_tokens
+    first, candidates = schedule.first_skip_layer, num_tokens
     for stage in schedule.stages:
         cuts = stage.keep_tokens is not None and stage.keep_tokens < candidates
+        if not stages and not cuts and stage.active_tokens >= candidates:
+            first = stage.last_layer + 1
+            continue
         stages.append(
             replace(
                 stage,
@@ -92,7 +95,9 @@ def tidy(schedule: Schedule, num_tokens: int) -> Schedule:
             )
         )
         candidates = min(candidates, stage.keep_tokens or candidates)
-    return replace(schedule, stages=tuple(stages))
+    if not stages:
+        return Schedule.dense(schedule.num_layers)
+    return replace(schedule, first_skip_layer=first, stages=tuple(stages))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,10 @@ class Measured:
         """Mean over the prompts."""
         return sum(self.kl) / len(self.kl)
 
+    def in_words(self) -> str:
+        """Both means, with their units."""
+        return f"agreement {100 * self.mean_agreement:.1f} %, KL {self.mean_kl:.4f} nats"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -340,9 +344,9 @@ class Search:
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both speed-up and KL, fastest last; of equals the first."""
+    """Those that no other beats in both speed-up (to a hundredth) and KL, fastest last; of equals the first."""
     kept: list[Candidate] = []
-    for one in sorted(candidates, key=lambda one: (-one.speedup, one.measured.mean_kl)):
+    for one in sorted(candidates, key=lambda one: (-round(one.speedup, 2), one.measured.mean_kl)):
         if not kept or one.measured.mean_kl < kept[-1].measured.mean_kl:
             kept.append(one)
     return kept[::-1]

@@ -227,7 +227,7 @@ class _Progress:
         width = len(str(search.num_trials))
         _say(
             f"[{done:>{width}}/{search.num_trials}] {better} {best.speedup:.3f}x, "
-            f"agreement {100 * best.measured.mean_agreement:.1f} %, KL {best.measured.mean_kl:.4f} nats; {left} left"
+            f"{best.measured.in_words()}; {left} left"
         )
 
 
@@ -257,11 +257,10 @@ def _conclude(
             file=sys.stderr,
         )
         return 1
-    agreement = f"agreement {100 * found.measured.mean_agreement:.1f} %, KL {found.measured.mean_kl:.4f} nats"
     comments = [
         f"Found by: {command}",
         f"{found.speedup:.3f}x fewer FLOP than dense at {args.length} tokens.",
-        f"On the samples of the search: {agreement}.",
+        f"On the samples of the search: {found.measured.in_words()}.",
     ]
     if contest is None:
         _say(f"\n{BASELINE} cannot be as fast on this model, so there is nothing to compare with")

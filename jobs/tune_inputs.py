@@ -107,7 +107,7 @@ class Model:
 
 
 def engine_config(args: argparse.Namespace, model: Model, prompts: list[Prompt]) -> EngineConfig:
-    """What each engine is started with: it keeps the dense distributions of all prompts. Raises ConfigError."""
+    """What an engine is started with: it keeps the dense distributions of all prompts. Raises ConfigError."""
     followed = sum(prompt.max_new_tokens for prompt in prompts)
     options = {
         "model": model.source,
