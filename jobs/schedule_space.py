@@ -7,6 +7,7 @@ from the cost by bisection, and a search at a given cost has only shapes to choo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -132,9 +133,10 @@ class Space:
             return
         limit = self.costs.limit(self.first_layer)
         if not 1 < self.target <= limit:
+            shown = math.floor(100 * limit) / 100
             raise config_error(
                 "target_speedup",
-                f"be above 1 and at most {limit:.2f}, which is the limit at {self.costs.num_tokens} tokens "
+                f"be above 1 and at most {shown:.2f}, the limit at {self.costs.num_tokens} tokens "
                 f"with proxies from layer {self.first_layer} on",
                 self.target,
                 "choose another target, longer prompts, or fit proxies for earlier layers "

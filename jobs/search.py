@@ -87,9 +87,16 @@ class Goal:
 
     max_drop: float | None = None
 
+    def values(self, speedup: float, measured: Measured) -> tuple[float, ...]:
+        """What the search minimises: the KL; where the cost is free, the share of dense's FLOP and the KL.
+
+        Both and not `loss`, so that it learns from schedules that lose too much, too, and finds the front.
+        """
+        return (measured.mean_kl,) if self.max_drop is None else (1 / speedup, measured.mean_kl)
+
     def loss(self, speedup: float, measured: Measured) -> float:
-        """What the search minimises. Under `max_drop`: of those that keep it the share of dense's FLOP; of
-        the others, all above 1, what they lose too much."""
+        """By what the best is chosen, the lowest. Under `max_drop`: of those that keep it the share of
+        dense's FLOP; of the others, all above 1, what they lose too much."""
         if self.max_drop is None:
             return measured.mean_kl
         excess = 1 - measured.mean_agreement - self.max_drop
@@ -261,7 +268,8 @@ class Search:
     """Proposes schedules until `num_trials` have been measured, those of the log among them.
 
     starts: schedules to try first, where they lie in the space. TPE is the sampler because the space mixes
-    integers with ranges, a hundred trials are few, and it takes proposals while others are still measured.
+    integers with ranges, a hundred trials are few, and it proposes while others are still being measured; it
+    serves one objective and two.
     """
 
     def __init__(
@@ -282,12 +290,13 @@ class Search:
         self._ranges = space.distributions()
         self._asked: dict[Schedule, list[optuna.trial.Trial]] = {}
         # Not the same draws again where a search goes on.
-        sampler = optuna.samplers.TPESampler(seed=seed + len(log.points), multivariate=True)
-        self._study = optuna.create_study(sampler=sampler)
+        sampler = optuna.samplers.TPESampler(seed=seed + len(log.points))
+        directions = ["minimize"] * (1 if goal.max_drop is None else 2)
+        self._study = optuna.create_study(directions=directions, sampler=sampler)
         for point, schedule in log.points:
-            value = self._loss(schedule)
+            values = self._values(schedule)
             self._study.add_trial(
-                optuna.trial.create_trial(params=point, distributions=self._ranges, value=value)
+                optuna.trial.create_trial(params=point, distributions=self._ranges, values=values)
             )
         for start in starts:
             point = space.point(start)
@@ -337,14 +346,15 @@ class Search:
                 speedup=self.space.costs.speedup(schedule),
                 point=trial.params,
             )
-            self._study.tell(trial, self._loss(schedule))
+            self._study.tell(trial, self._values(schedule))
 
-    def _loss(self, schedule: Schedule) -> float:
-        return self.goal.loss(self.space.costs.speedup(schedule), self._log.measured["calibration", schedule])
+    def _values(self, schedule: Schedule) -> tuple[float, ...]:
+        measured = self._log.measured["calibration", schedule]
+        return self.goal.values(self.space.costs.speedup(schedule), measured)
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both speed-up (to a hundredth) and KL, fastest last; of equals the first."""
+    """Those that no other beats in speed-up (to a hundredth) and KL, fastest last; of equals the first."""
     kept: list[Candidate] = []
     for one in sorted(candidates, key=lambda one: (-round(one.speedup, 2), one.measured.mean_kl)):
         if not kept or one.measured.mean_kl < kept[-1].measured.mean_kl:
