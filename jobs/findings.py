@@ -30,12 +30,8 @@ class Contest:
         """Found minus preset, share of tokens, paired by sample, with a 95 % interval."""
         return paired_difference(self.found.agreement, self.preset.agreement)
 
-    def kl_difference(self) -> Estimate:
-        """Found minus preset, nats, paired by sample, with a 95 % interval."""
-        return paired_difference(self.found.kl, self.preset.kl)
-
     def lines(self) -> list[str]:
-        """A table by task, and both differences in words."""
+        """A table by task, and the difference in words."""
         rows = [("", "samples", "agreement, %", f"of {self.baseline}", "KL, nats", f"of {self.baseline}")]
         for name in ["all", *dict.fromkeys(self.tasks)]:
             mine = [index for index, task in enumerate(self.tasks) if name in ("all", task)]
@@ -52,12 +48,11 @@ class Contest:
             rows.append(
                 (name, str(len(mine)), f"{first:.1f}", f"{second:.1f}", f"{third:.4f}", f"{fourth:.4f}")
             )
-        agreement, kl = self.agreement_difference(), self.kl_difference()
+        agreement = self.agreement_difference()
         return [
             *aligned(rows),
             f"against {self.baseline} at the same cost: agreement {100 * agreement.value:+.1f} points "
-            f"[{100 * agreement.low:+.1f}, {100 * agreement.high:+.1f}], "
-            f"KL {kl.value:+.4f} nats [{kl.low:+.4f}, {kl.high:+.4f}] (95 %, paired)",
+            f"[{100 * agreement.low:+.1f}, {100 * agreement.high:+.1f}] (95 %, paired)",
         ]
 
 

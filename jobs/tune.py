@@ -253,7 +253,7 @@ def _conclude(
     if not kept:
         print(
             f"error: no schedule of {search.num_done} loses at most {args.max_drop:g} points of agreement; "
-            "try more --trials, a larger --max-drop, or the demo's --task",
+            "allow more trials or a larger drop",
             file=sys.stderr,
         )
         return 1
@@ -298,7 +298,6 @@ def _summary(
             "found": means(contest.found),
             BASELINE: means(contest.preset),
             "agreement_difference": asdict(contest.agreement_difference()),
-            "kl_difference_nats": asdict(contest.kl_difference()),
         },
         "schedule": found.schedule.to_dict(),
         "file": str(path),
