@@ -11,7 +11,8 @@ changes nothing. Source of all rules: github.com/THUDM/LongBench, LongBench/pred
 - It counts the special tokens that a tokenizer adds (one for Llama) as part of the limit, we do not.
 - It never counts a cut prompt again; joined anew, the halves can have more tokens than the limit. We then cut
   on, by the fewest tokens that help. `truncated_from` in a sample's meta says how long the prompt was.
-- For samsum it forbids a line end as the first token and stops at the next one; we stop at the first.
+- For samsum it forbids a line end as the first token and stops at the next one; we go on, and the scorer
+  takes the first line that is not empty.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class LongBenchTask:
     name: str
     source: Source
     version: ClassVar[int] = 1
+    stop: ClassVar[tuple[str, ...]] = ()
 
     @property
     def spec(self) -> Meta:
@@ -98,10 +100,6 @@ class LongBenchTask:
     @property
     def max_new_tokens(self) -> int:
         return MAX_NEW_TOKENS[self.name]
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        return ("\n",) if self.name == "samsum" else ()
 
     def content(self) -> Meta:
         """Hashes of the data and of the prompt template, and where the template came from."""

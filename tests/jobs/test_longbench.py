@@ -102,7 +102,7 @@ def test_the_official_answer_lengths_chat_rules_and_stops(folder, tokens):
     for name in SETS:
         entry = {"name": name, "data": str(folder)}
         assert {sample.chat for sample in draw(entry, tokens)} == {name not in plain}
-        assert get_task(entry).stop == (("\n",) if name == "samsum" else ())
+        assert get_task(entry).stop == ()
     by_length: dict[int, set[str]] = {}
     for name, length in MAX_NEW_TOKENS.items():
         by_length.setdefault(length, set()).add(name)
