@@ -49,8 +49,9 @@ class Request:
 
     request_id: unique among the requests in flight. max_new_tokens: at least 1.
     deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
-    prefix_tokens: the first so many tokens are a text that other requests begin with too. What does not
-    depend on the tokens after them (every layer before the method's first_skip_layer) is kept for those.
+    prefix_tokens: the first so many tokens, fewer than all, are a text that other requests begin with too.
+    What does not depend on the tokens after them (every layer before the method's first_skip_layer) is kept
+    for those.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
     (see Agreement); as many as max_new_tokens, or none. They all come with the first: their times say nothing
     about decoding. End tokens among them end nothing, and sampling has no say but for logprobs.

@@ -132,6 +132,33 @@ class DecoderLayer:
             ffn_tokens=_take(positions_T, ffn_M).cpu(),
         )
 
+    def resume(
+        self, stream: Stream, cache: LayerCache, *, num_tokens: int, trace: bool
+    ) -> tuple[LayerWork, LayerTrace | None]:
+        """Runs the layer densely on the last rows of a prompt of `num_tokens`, in place; `cache` begins with
+        the others.
+
+        Answers as `prefill` would for the whole prompt: the work is that of all its tokens.
+        """
+        self.dense(stream, cache)
+        work = LayerWork(
+            candidates=num_tokens,
+            attention_tokens=num_tokens,
+            ffn_tokens=num_tokens,
+            probed=False,
+            proxied=False,
+        )
+        if not trace:
+            return work, None
+        everyone_T = torch.arange(num_tokens)
+        return work, LayerTrace(
+            layer=self.index,
+            candidates=everyone_T,
+            probe_scores=None,
+            attention_tokens=everyone_T,
+            ffn_tokens=everyone_T,
+        )
+
     def dense(self, stream: Stream, cache: LayerCache) -> Tensor:
         """Runs the layer on every row of `stream` (changed in place) and returns its FFN's input, [T, D].
 

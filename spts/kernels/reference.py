@@ -60,7 +60,9 @@ def low_rank_norm(
     rank = gate_rC.shape[0]
     factors_T2r = y_TD @ first_D2r
     gated_TC = activation(factors_T2r[:, :rank] @ gate_rC).mul_(factors_T2r[:, rank:] @ up_rC)
-    return torch.linalg.vector_norm(gated_TC @ down_Cr, dim=-1, dtype=torch.float32)
+    out_Tr = gated_TC @ down_Cr
+    summed_in = torch.promote_types(out_Tr.dtype, torch.float32)  # never narrower than its input
+    return torch.linalg.vector_norm(out_Tr, dim=-1, dtype=summed_in).float()
 
 
 def gather_rows(x_TD: Tensor, index_M: Tensor) -> Tensor:
