@@ -52,13 +52,9 @@ def last_queries_probe(q_QHd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
     Example: one head, d = 1, Q = 2 queries [1], [1] over keys [0, 0, ln 2], scale 1: the first sees two keys
     (0.5, 0.5, 0), the second three (0.25, 0.25, 0.5); the sum is [0.75, 0.75, 0.5].
     """
-    (num_queries, num_heads, head_dim), (num_tokens, num_kv_heads, _) = q_QHd.shape, k_TKd.shape
-    q_KRd = (
-        q_QHd.view(num_queries, num_kv_heads, -1, head_dim)
-        .transpose(0, 1)
-        .reshape(num_kv_heads, -1, head_dim)
-    )
-    logits_KRT = torch.matmul(q_KRd, k_TKd.permute(1, 2, 0)).float().mul_(scale)
+    num_queries, (num_tokens, num_kv_heads, head_dim) = q_QHd.shape[0], k_TKd.shape
+    q_KQGd = q_QHd.view(num_queries, num_kv_heads, -1, head_dim).transpose(0, 1)
+    logits_KRT = torch.matmul(q_KQGd.flatten(1, 2), k_TKd.permute(1, 2, 0)).float().mul_(scale)
     logits_KQGT = logits_KRT.view(num_kv_heads, num_queries, -1, num_tokens)
     place_T = torch.arange(num_tokens, device=k_TKd.device)
     later_Q1T = place_T > place_T[-num_queries:].view(-1, 1, 1)

@@ -56,7 +56,9 @@ def test_spts_scores():
     signals = FakeSignals(63)
     method = Spts(schedule=SCHEDULE)
     assert torch.equal(method.attention_scores(signals), signals.attention_T)
-    assert torch.equal(method.ffn_scores(signals), signals.norm_T * signals.attention_T)
+    ffn_T = method.ffn_scores(signals)
+    assert ffn_T is not None
+    assert torch.equal(ffn_T, signals.norm_T * signals.attention_T)
     assert torch.equal(method.prune_scores(signals), signals.attention_T)
     assert (method.probes, method.needs_proxies, method.skips_ffn) == (1, True, True)
 
@@ -65,7 +67,9 @@ def test_the_ffn_by_attention_alone_asks_for_no_proxy():
     signals = FakeSignals(63)
     method = Spts(schedule=SCHEDULE, probe_tokens=4, ffn_score="attention")
     for question in (method.attention_scores, method.ffn_scores, method.prune_scores):
-        assert torch.equal(question(signals), signals.attention_T)
+        scores_T = question(signals)
+        assert scores_T is not None
+        assert torch.equal(scores_T, signals.attention_T)
     assert "ffn_norm" not in signals.asked
     assert (method.probes, method.needs_proxies, method.skips_ffn) == (4, False, True)
 
