@@ -129,12 +129,7 @@ class FakeShard:
     def _prefilled(self, request: Request) -> Prefilled:
         num_tokens = len(request.token_ids)
         method = request.method
-        work = cost.planned_work(
-            method.schedule_for(SHAPE.num_layers),
-            num_tokens,
-            probe=method.probes,
-            proxy=method.needs_proxies,
-        )
+        work = method.planned_work(SHAPE.num_layers, num_tokens)
         proxy = cost.ProxyShape(channels=48, rank=16)
         depth = method.schedule_for(SHAPE.num_layers).first_skip_layer
         prefix = (request.token_ids[: request.prefix_tokens], depth)

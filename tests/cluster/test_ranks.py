@@ -29,6 +29,10 @@ from tests.cluster.tracing import TracingShard
 
 METHODS = [Dense(), Spts(schedule=SCHEDULE), Random(schedule=SCHEDULE, seed=3), Recency(schedule=SCHEDULE)]
 NAMES = [method.name for method in METHODS]
+ABLATIONS = [
+    Spts(schedule=SCHEDULE, probe_tokens=4, ffn_score="attention"),
+    Spts(schedule=SCHEDULE, probe_tokens=64, ffn_score="dense"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ async def test_one_rank_builds_no_process_group_and_nobody_compiles(ranks):
 
 
 @in_module_loop
-@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+@pytest.mark.parametrize("method", [*METHODS, *ABLATIONS], ids=[*NAMES, "spts-4-attention", "spts-64-dense"])
 @pytest.mark.parametrize("length", [1, 63, 100, 500])
 async def test_ranks_choose_the_same_tokens_at_every_layer_and_agree_in_logits(ranks, whole, method, length):
     token_ids = prompt(length, seed=length)
