@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from jobs.options import describe_schedule
-from jobs.search import Candidate, Measured
+from jobs.pool import Measured
+from jobs.search import Candidate
 from jobs.stats import Estimate, paired_difference
 from spts.schedule import Schedule
 

@@ -26,15 +26,15 @@ from pathlib import Path
 from cluster.config import EngineConfig
 from cluster.protocol import EngineError
 from jobs.findings import Contest, front_table, preset_file
-from jobs.options import describe_schedule, writable_folder
+from jobs.options import describe_schedule
+from jobs.pool import Measured, Pool, Prompt
 from jobs.progress import clock_time
 from jobs.record import content_hash, locked, write_file
 from jobs.runner import EnginesLostError
 from jobs.schedule_space import CostModel, Space
-from jobs.search import Candidate, Goal, Measured, Pool, Prompt, Search, TrialLog, front
-from jobs.spec import is_uploaded_copy
-from jobs.tune_inputs import Model, check_numbers, draw_prompts, engine_config, parser
-from spts.errors import SptsError, config_error
+from jobs.search import Candidate, Goal, Search, TrialLog, front
+from jobs.tune_inputs import Model, check_numbers, draw_prompts, engine_config, parser, results_folder
+from spts.errors import SptsError
 from spts.schedule import PRESETS, Schedule
 
 BASELINE = "llama-3.1-8b"
@@ -70,7 +70,7 @@ def tune(args: argparse.Namespace, *, command: str) -> int:
     space = Space(costs=costs, first_layer=model.first_layer, target=args.target_speedup)
     calibration, held_out = draw_prompts(args, model)
     config = engine_config(args, model, calibration)
-    folder = _results_folder(args.out)
+    folder = results_folder(args.out)
     _say(
         f"model      {args.model}: {model.shape.num_layers} layers, {args.dtype} on {args.device}; "
         f"skipping can start at layer {model.first_layer}, the first one with a proxy"
@@ -116,13 +116,6 @@ def _goal(args: argparse.Namespace) -> str:
     if args.max_drop is None:
         return f"the best agreement at {args.target_speedup:g}x fewer FLOP than dense"
     return f"the fewest FLOP with at most {args.max_drop:g} points of agreement lost"
-
-
-def _results_folder(out: str) -> Path:
-    """Raises ConfigError; also for a relative path in a Ray job, whose working folder vanishes with it."""
-    if is_uploaded_copy() and not Path(out).expanduser().is_absolute():
-        raise config_error("out", "be an absolute path in a Ray job", repr(out), "name a folder that stays")
-    return writable_folder(out)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import EngineConfig, parse, resolve_path
-from jobs.search import Prompt
+from jobs.options import writable_folder
+from jobs.pool import Prompt
 from jobs.spec import is_uploaded_copy
 from jobs.tasks import Task, make_tasks
 from jobs.tasks.agreement import FOLLOW_TOKENS
@@ -120,6 +121,13 @@ def engine_config(args: argparse.Namespace, model: Model, prompts: list[Prompt])
         "reference_cache_bytes": followed * model.shape.vocab_size * _LOGIT_BYTES,
     }
     return parse(options, EngineConfig, source="engine")
+
+
+def results_folder(out: str) -> Path:
+    """--out, made if it is not there. Raises ConfigError; also in a Ray job for a relative path: it would vanish."""
+    if is_uploaded_copy() and not Path(out).expanduser().is_absolute():
+        raise config_error("out", "be an absolute path in a Ray job", repr(out), "name a folder that stays")
+    return writable_folder(out)
 
 
 def chosen_tasks(args: argparse.Namespace) -> list[Task]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from cluster.protocol import Agreement, EngineError, Request, Result
+from jobs.pool import Measured, Pool, Prompt
 from jobs.runner import EnginesLostError
 from jobs.schedule_space import CostModel, Space
-from jobs.search import Candidate, Goal, Measured, Pool, Prompt, Search, TrialLog, front
+from jobs.search import Candidate, Goal, Search, TrialLog, front
 from spts.cost import ProxyShape, planned_work
 from spts.methods import Dense, Spts
 from spts.schedule import Schedule, Stage
