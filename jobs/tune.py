@@ -69,7 +69,7 @@ def tune(args: argparse.Namespace, *, command: str) -> int:
     costs = CostModel(shape=model.shape, proxy=model.proxy, num_tokens=args.length)
     space = Space(costs=costs, first_layer=model.first_layer, target=args.target_speedup)
     calibration, held_out = draw_prompts(args, model)
-    config = engine_config(args, model, calibration)
+    config = engine_config(args, model, calibration, held_out)
     folder = results_folder(args.out)
     _say(
         f"model      {args.model}: {model.shape.num_layers} layers, {args.dtype} on {args.device}; "
@@ -173,6 +173,7 @@ async def _run(
             return [log.measured[name, each] for each in schedules]
 
         if (target := search.space.target) is not None:  # all trials had this one cost
+            _say("the front: the best of them, sized to other costs")
             sized = [
                 costs.sized(found.schedule, share * target, reference_tokens=costs.num_tokens)
                 for share in _OTHER_COSTS
@@ -188,6 +189,7 @@ async def _run(
             return found, None, None
         (measured,) = await measure("calibration", [rival], calibration)
         baseline = Candidate(schedule=rival, speedup=costs.speedup(rival), measured=measured)
+        _say(f"held-out samples: the best of them against {BASELINE}")
         finals = await measure("held_out", [found.schedule, rival], held_out)
         tasks = tuple(prompt.task for prompt in held_out)
         contest = Contest(baseline=BASELINE, tasks=tasks, found=finals[0], preset=finals[1])

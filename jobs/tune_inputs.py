@@ -107,9 +107,12 @@ class Model:
         )
 
 
-def engine_config(args: argparse.Namespace, model: Model, prompts: list[Prompt]) -> EngineConfig:
-    """What an engine is started with: it keeps the dense distributions of all prompts. Raises ConfigError."""
-    followed = sum(prompt.max_new_tokens for prompt in prompts)
+def engine_config(args: argparse.Namespace, model: Model, *sets: list[Prompt]) -> EngineConfig:
+    """What an engine is started with: it keeps the dense distributions of all prompts of one set at a time.
+
+    Raises ConfigError.
+    """
+    followed = max(sum(prompt.max_new_tokens for prompt in prompts) for prompts in sets)
     options = {
         "model": model.source,
         "proxies": args.proxies,
@@ -124,7 +127,7 @@ def engine_config(args: argparse.Namespace, model: Model, prompts: list[Prompt])
 
 
 def results_folder(out: str) -> Path:
-    """--out, made if it is not there. Raises ConfigError; also in a Ray job for a relative path: it would vanish."""
+    """--out, made if it is not there. Raises ConfigError; in a Ray job also for a path that would vanish."""
     if is_uploaded_copy() and not Path(out).expanduser().is_absolute():
         raise config_error("out", "be an absolute path in a Ray job", repr(out), "name a folder that stays")
     return writable_folder(out)
