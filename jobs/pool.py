@@ -25,14 +25,19 @@ _ENGINE_FAULTS = ("unavailable", "overloaded", "internal")
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt to measure on. follow: the tokens after it at which distributions are compared; empty = the
-    dense model's own answer, which is still to be asked for. max_new_tokens: its length, at most."""
+    """A prompt to measure on.
+
+    follow: the tokens after it at which distributions are compared; empty = the dense model's own answer,
+    which is still to be asked for. max_new_tokens: its length, at most. kept: an engine keeps what is the
+    same under every schedule, the layers before skipping starts, for the next schedule.
+    """
 
     id: str
     task: str
     token_ids: tuple[int, ...]
     follow: tuple[int, ...]
     max_new_tokens: int
+    kept: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,10 @@ class Measured:
     def mean_kl(self) -> float:
         """Mean over the prompts."""
         return sum(self.kl) / len(self.kl)
+
+    def joined(self, other: Measured) -> Measured:
+        """The same schedule's on more prompts."""
+        return Measured(agreement=self.agreement + other.agreement, kl=self.kl + other.kl)
 
     def in_words(self) -> str:
         """Both means, with their units."""
@@ -153,6 +162,8 @@ class Pool:
                 method=method,
                 max_new_tokens=len(prompt.follow) or prompt.max_new_tokens,
                 follow=prompt.follow,
+                # All but the last token: one has to be left. A dense prefill would keep all its layers.
+                prefix_tokens=len(prompt.token_ids) - 1 if prompt.kept and prompt.follow else 0,
                 deadline_s=_TIMEOUT_S,
             )
             try:

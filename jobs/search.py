@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.pool import Measured
+from jobs.pool import Measured, Pool, Prompt
 from jobs.record import read_lines, repair_last_line, to_line
-from jobs.schedule_space import Space
+from jobs.schedule_space import CostModel, Space
 from spts.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -166,11 +166,11 @@ class Search:
         ]
 
     @property
-    def best(self) -> Candidate | None:
-        """The trial with the lowest loss, the first of equals; None before the first."""
+    def ranking(self) -> list[Candidate]:
+        """The different schedules of all trials, the lowest loss first, of equals the first measured."""
         proposed = {schedule for _, schedule in self._log.points}
         trials = [candidate for candidate in self.candidates if candidate.schedule in proposed]
-        return min(trials, key=lambda one: self.goal.loss(one.speedup, one.measured), default=None)
+        return sorted(trials, key=lambda one: self.goal.loss(one.speedup, one.measured))
 
     def proposals(self) -> Iterator[Schedule]:
         """Schedules to measure; ends when `num_trials` are done or on their way."""
@@ -199,6 +199,25 @@ class Search:
     def _values(self, schedule: Schedule) -> tuple[float, ...]:
         measured = self._log.measured["calibration", schedule]
         return self.goal.values(self.space.costs.speedup(schedule), measured)
+
+
+async def measure_missing(
+    pool: Pool,
+    log: TrialLog,
+    costs: CostModel,
+    name: str,
+    schedules: Sequence[Schedule],
+    prompts: Sequence[Prompt],
+) -> list[Measured]:
+    """What each schedule gives on the prompts of set `name`, from the log or else measured now."""
+    missing = [each for each in dict.fromkeys(schedules) if (name, each) not in log.measured]
+    if missing:
+        await pool.measure(
+            iter(missing),
+            await pool.answered(prompts),
+            lambda each, measured: log.write(name, each, measured, speedup=costs.speedup(each)),
+        )
+    return [log.measured[name, each] for each in schedules]
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -20,26 +20,29 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cluster.config import EngineConfig
 from cluster.protocol import EngineError
 from jobs.findings import Contest, front_table, preset_file
 from jobs.options import describe_schedule
-from jobs.pool import Measured, Pool, Prompt
+from jobs.pool import Measured, Pool
 from jobs.progress import clock_time
 from jobs.record import content_hash, locked, write_file
 from jobs.runner import EnginesLostError
 from jobs.schedule_space import CostModel, Space
-from jobs.search import Candidate, Goal, Search, TrialLog, front
-from jobs.tune_inputs import Model, check_numbers, draw_prompts, engine_config, parser, results_folder
+from jobs.search import Candidate, Goal, Search, TrialLog, front, measure_missing
+from jobs.tune_inputs import Model, Samples, check_numbers, engine_config, parser, results_folder
 from spts.errors import SptsError
 from spts.schedule import PRESETS, Schedule
 
 BASELINE = "llama-3.1-8b"
+# So many of the best are measured on more samples: the very best of a search is partly luck.
+_FINALISTS = 8
 # Other costs, as shares of the target, for which the schedule found is measured too: the front.
-_OTHER_COSTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.05, 1.1, 1.15)
+_OTHER_COSTS = (0.5, 0.7, 0.85, 1.05, 1.1, 1.15)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +71,8 @@ def tune(args: argparse.Namespace, *, command: str) -> int:
     model = Model.read(args.model, args.proxies)
     costs = CostModel(shape=model.shape, proxy=model.proxy, num_tokens=args.length)
     space = Space(costs=costs, first_layer=model.first_layer, target=args.target_speedup)
-    calibration, held_out = draw_prompts(args, model)
-    config = engine_config(args, model, calibration, held_out)
+    samples = Samples.draw(args, model)
+    config = engine_config(args, model, samples)
     folder = results_folder(args.out)
     _say(
         f"model      {args.model}: {model.shape.num_layers} layers, {args.dtype} on {args.device}; "
@@ -80,15 +83,15 @@ def tune(args: argparse.Namespace, *, command: str) -> int:
         f"the limit there is {costs.limit(model.first_layer):.2f}x"
     )
     _say(
-        f"search     {args.trials} schedules on {len(calibration)} samples of {', '.join(args.task)}; "
-        f"{len(held_out)} others are held out"
+        f"search     {args.trials} schedules on {len(samples.calibration)} samples of "
+        f"{', '.join(args.task)}; then the best {_FINALISTS} on {len(samples.selection)} others, and one of "
+        f"them against {BASELINE} on {len(samples.held_out)} more"
     )
     identity = {
         "model": model.fingerprint,
         "proxies": model.proxies_sha256,
         "engine": [args.dtype, args.device, args.tensor_parallel_size],
-        "calibration": content_hash([asdict(prompt) for prompt in calibration]),
-        "held_out": content_hash([asdict(prompt) for prompt in held_out]),
+        "samples": content_hash(asdict(samples)),
         "length": args.length,
         "target_speedup": args.target_speedup,
         "max_drop": args.max_drop,
@@ -108,8 +111,9 @@ def tune(args: argparse.Namespace, *, command: str) -> int:
             starts=[preset for preset in presets if preset.stages],
         )
         with _cluster(config, args.engines):
-            result = asyncio.run(_run(search, log, config, args.engines, calibration, held_out))
-        return _conclude(args, search, *result, folder=folder, command=command)
+            kept = samples.kept(config, model)
+            outcome = asyncio.run(_run(search, log, config, args.engines, kept))
+        return _conclude(args, search, outcome, folder=folder, command=command)
 
 
 def _goal(args: argparse.Namespace) -> str:
@@ -136,64 +140,63 @@ def _cluster(config: EngineConfig, count: int) -> Iterator[None]:
             ray.shutdown()
 
 
-async def _run(
-    search: Search,
-    log: TrialLog,
-    config: EngineConfig,
-    num_engines: int,
-    calibration: list[Prompt],
-    held_out: list[Prompt],
-) -> tuple[Candidate, Candidate | None, Contest | None]:
-    """The search, the front's other costs, and the contest with the baseline: found, baseline, contest.
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """found: the best of the search, with all that was measured of it before the end. baseline: None when it
+    cannot be as fast. contest: None without a baseline, or when the goal is not met."""
 
-    No contest when the found schedule breaks the goal, or when the baseline cannot be that fast.
-    """
+    found: Candidate
+    baseline: Schedule | None
+    contest: Contest | None
+
+
+async def _run(
+    search: Search, log: TrialLog, config: EngineConfig, num_engines: int, samples: Samples
+) -> _Outcome:
+    """The search, the choice among its best, the front's other costs, the contest with the baseline."""
     from jobs.engines import start_engines, stop_engines
 
+    costs, target = search.space.costs, search.space.target
     _say(f"starting {num_engines} engine(s)")
     engines, _ = await start_engines(config, num_engines)
     try:
         pool = Pool(engines=engines)
-        calibration = await pool.answered(calibration)
+        calibration = await pool.answered(samples.calibration)
+        measure = partial(measure_missing, pool, log, costs)
         _say(f"{search.num_done} of {search.num_trials} schedules measured before")
         await pool.measure(search.proposals(), calibration, _Progress(search).done)
-        found = search.best
-        assert found is not None, "at least one schedule was measured"
-        costs = search.space.costs
 
-        async def measure(name: str, schedules: Sequence[Schedule], prompts: list[Prompt]) -> list[Measured]:
-            missing = [each for each in dict.fromkeys(schedules) if (name, each) not in log.measured]
-            if missing:
-                ready = await pool.answered(prompts)
-                await pool.measure(
-                    iter(missing),
-                    ready,
-                    lambda each, measured: log.write(name, each, measured, speedup=costs.speedup(each)),
-                )
-            return [log.measured[name, each] for each in schedules]
-
-        if (target := search.space.target) is not None:  # all trials had this one cost
-            _say("the front: the best of them, sized to other costs")
-            sized = [
+        finalists = search.ranking[:_FINALISTS]
+        _say(f"the best {len(finalists)} on {len(samples.selection)} other samples")
+        more = await measure("selection", [each.schedule for each in finalists], samples.selection)
+        found = min(
+            (
+                replace(each, measured=each.measured.joined(other))
+                for each, other in zip(finalists, more, strict=True)
+            ),
+            key=lambda each: search.goal.loss(each.speedup, each.measured),
+        )
+        if target is not None:  # all trials had this one cost
+            _say("the best of them, sized to other costs")
+            sized = (
                 costs.sized(found.schedule, share * target, reference_tokens=costs.num_tokens)
                 for share in _OTHER_COSTS
                 if share * target > 1
-            ]
+            )
             await measure("calibration", [each for each in sized if each], calibration)
-        rival = costs.sized(
+        baseline = costs.sized(
             Schedule.preset(BASELINE, num_layers=costs.shape.num_layers),
             found.speedup if target is None else target,
             reference_tokens=PRESETS[BASELINE].reference_tokens,
         )
-        if rival is None or not search.goal.met(found):
-            return found, None, None
-        (measured,) = await measure("calibration", [rival], calibration)
-        baseline = Candidate(schedule=rival, speedup=costs.speedup(rival), measured=measured)
-        _say(f"held-out samples: the best of them against {BASELINE}")
-        finals = await measure("held_out", [found.schedule, rival], held_out)
-        tasks = tuple(prompt.task for prompt in held_out)
-        contest = Contest(baseline=BASELINE, tasks=tasks, found=finals[0], preset=finals[1])
-        return found, baseline, contest
+        if baseline is None or not search.goal.met(found):
+            return _Outcome(found=found, baseline=baseline, contest=None)
+        await measure("calibration", [baseline], calibration)
+        _say(f"against {BASELINE} on {len(samples.held_out)} held-out samples")
+        last, preset = await measure("held_out", [found.schedule, baseline], samples.held_out)
+        tasks = tuple(prompt.task for prompt in samples.held_out)
+        contest = Contest(baseline=BASELINE, tasks=tasks, found=last, preset=preset)
+        return _Outcome(found=found, baseline=baseline, contest=contest)
     finally:
         await stop_engines(engines)
 
@@ -203,7 +206,7 @@ class _Progress:
 
     def __init__(self, search: Search) -> None:
         self._search = search
-        self._best = search.best
+        self._best = search.ranking[:1]
         self._already = search.num_done
         self._started = time.perf_counter()
 
@@ -211,37 +214,31 @@ class _Progress:
         """To be called with every schedule measured."""
         search = self._search
         search.tell(schedule, measured)
-        done, best = search.num_done, search.best
+        done, best = search.num_done, search.ranking[:1]
         if best == self._best and done % max(1, search.num_trials // 10):
             return
-        assert best is not None
         each_s = (time.perf_counter() - self._started) / (done - self._already)
         left = clock_time(each_s * (search.num_trials - done))
         better = "better" if best != self._best else "best  "
         self._best = best
         width = len(str(search.num_trials))
         _say(
-            f"[{done:>{width}}/{search.num_trials}] {better} {best.speedup:.3f}x, "
-            f"{best.measured.in_words()}; {left} left"
+            f"[{done:>{width}}/{search.num_trials}] {better} {best[0].speedup:.3f}x, "
+            f"{best[0].measured.in_words()}; {left} left"
         )
 
 
 def _conclude(
-    args: argparse.Namespace,
-    search: Search,
-    found: Candidate,
-    baseline: Candidate | None,
-    contest: Contest | None,
-    *,
-    folder: Path,
-    command: str,
+    args: argparse.Namespace, search: Search, outcome: _Outcome, *, folder: Path, command: str
 ) -> int:
     """Prints what was found and writes the preset; the exit status."""
-    rivals = [] if baseline is None else [baseline]
+    found, contest = outcome.found, outcome.contest
     kept = search.goal.met(found)
-    marks = {each.schedule: BASELINE for each in rivals} | {found.schedule: "found" if kept else "nearest"}
-    shown = front(search.candidates)
-    shown += [each for each in (found, *rivals) if each not in shown]
+    marks = {found.schedule: "found" if kept else "nearest"}
+    if outcome.baseline is not None:
+        marks.setdefault(outcome.baseline, BASELINE)
+    best = front(search.candidates)
+    shown = [each for each in search.candidates if each in best or each.schedule in marks]
     _say("\nfront, on the samples of the search:")
     for line in front_table(sorted(shown, key=lambda one: one.speedup), marks):
         _say(line)
@@ -255,7 +252,7 @@ def _conclude(
     comments = [
         f"Found by: {command}",
         f"{found.speedup:.3f}x fewer FLOP than dense at {args.length} tokens.",
-        f"On the samples of the search: {found.measured.in_words()}.",
+        f"On the {len(found.measured.kl)} samples it was chosen by: {found.measured.in_words()}.",
     ]
     if contest is None:
         _say(f"\n{BASELINE} cannot be as fast on this model, so there is nothing to compare with")
@@ -286,7 +283,7 @@ def _summary(
         "max_drop_points": args.max_drop,
         "num_trials": search.num_done,
         "speedup": found.speedup,
-        "calibration": means(found.measured),
+        "chosen_by": {"num_samples": len(found.measured.kl), **means(found.measured)},
         "held_out": contest
         and {
             "num_samples": len(contest.tasks),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from cluster.config import EngineConfig, parse, resolve_path
@@ -17,7 +18,7 @@ from jobs.tasks.agreement import FOLLOW_TOKENS
 from jobs.work import Prompts
 from spts import loading
 from spts.architectures import max_context
-from spts.cost import ModelShape, ProxyShape
+from spts.cost import ModelShape, ProxyShape, prefix_bytes
 from spts.errors import ConfigError, config_error, require_int
 
 _LOGIT_BYTES = 4  # of a dense distribution that an engine keeps to compare with
@@ -36,7 +37,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
     args.add_argument("--texts", nargs="+", help="files or folders of task agreement (default: shipped)")
     args.add_argument("--windows", type=int, default=16, help="samples of each task to search with")
-    args.add_argument("--held-out", type=int, default=32, help="other samples of each, for the last word")
+    args.add_argument("--held-out", type=int, default=32, help="others, to choose among the best; as many again")
     args.add_argument("--trials", type=int, default=100, help="schedules to measure")
     args.add_argument("--seed", type=int, default=0, help="of the samples and of the search")
     args.add_argument("--engines", type=int, default=1, help="engines, each measuring one schedule at a time")
@@ -107,11 +108,12 @@ class Model:
         )
 
 
-def engine_config(args: argparse.Namespace, model: Model, *sets: list[Prompt]) -> EngineConfig:
+def engine_config(args: argparse.Namespace, model: Model, samples: Samples) -> EngineConfig:
     """What an engine is started with: it keeps the dense distributions of all prompts of one set at a time.
 
     Raises ConfigError.
     """
+    sets = (samples.calibration, samples.selection, samples.held_out)
     followed = max(sum(prompt.max_new_tokens for prompt in prompts) for prompts in sets)
     options = {
         "model": model.source,
@@ -146,43 +148,78 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
     return list({task.name: task for task in tasks}.values())
 
 
-def draw_prompts(args: argparse.Namespace, model: Model) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to search with, and others to compare with in the end: of each task the first --windows
-    samples and the next --held-out.
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The prompts of a search, three sets that share no sample: to search with, to choose among the best of
+    the search, and for the comparison at the end."""
 
-    Raises ConfigError when a task has fewer, or a prompt with its answer exceeds the model's context.
-    """
-    prompts = Prompts(model.folder)
-    calibration: list[Prompt] = []
-    held_out: list[Prompt] = []
-    for task in chosen_tasks(args):
-        wanted = args.windows + args.held_out
-        samples = list(task.samples(prompts.tokens, length=args.length, count=wanted, seed=args.seed))
-        if len(samples) < wanted:
-            raise ConfigError(
-                f"texts must give task {task.name!r} {args.windows} + {args.held_out} samples of "
-                f"{args.length} tokens, got {len(samples)}; give more text, or a smaller --windows, "
-                "--held-out or --length",
-                field="texts",
+    calibration: tuple[Prompt, ...]
+    selection: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+
+    @classmethod
+    def draw(cls, args: argparse.Namespace, model: Model) -> Samples:
+        """Of each task the first --windows samples, the next --held-out, and as many again.
+
+        Raises ConfigError when a task has fewer, or a prompt with its answer exceeds the model's context.
+        """
+        prompts = Prompts(model.folder)
+        by_task = [_draw(args, model, prompts, task) for task in chosen_tasks(args)]
+        first, second = args.windows, args.windows + args.held_out
+        return cls(
+            calibration=tuple(prompt for drawn in by_task for prompt in drawn[:first]),
+            selection=tuple(prompt for drawn in by_task for prompt in drawn[first:second]),
+            held_out=tuple(prompt for drawn in by_task for prompt in drawn[second:]),
+        )
+
+    def kept(self, config: EngineConfig, model: Model) -> Samples:
+        """The same, with as many prompts marked as kept as an engine has room for. Results do not change."""
+
+        def mark(prompts: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+            sizes = accumulate(
+                prefix_bytes(
+                    model.shape,
+                    len(prompt.token_ids),
+                    model.first_layer,
+                    dtype_bytes=4 if config.dtype == "float32" else 2,
+                    world_size=config.tensor_parallel_size,
+                )
+                for prompt in prompts
             )
-        drawn = [
-            Prompt(
-                id=sample.id,
-                task=task.name,
-                token_ids=tuple(prompts.encode(sample.prompt)),
-                follow=sample.follow,
-                max_new_tokens=len(sample.follow) or min(task.max_new_tokens, FOLLOW_TOKENS),
+            return tuple(
+                replace(prompt, kept=size <= config.prefix_cache_bytes)
+                for prompt, size in zip(prompts, sizes, strict=True)
             )
-            for sample in samples
-        ]
-        longest = max(len(prompt.token_ids) + prompt.max_new_tokens for prompt in drawn)
-        if longest > model.max_context:
-            raise config_error(
-                "length",
-                f"leave room for the answer in the model's context of {model.max_context} tokens",
-                f"{longest} with the answer of task {task.name!r}",
-                "use a smaller --length",
-            )
-        calibration += drawn[: args.windows]
-        held_out += drawn[args.windows :]
-    return calibration, held_out
+
+        return replace(self, calibration=mark(self.calibration), selection=mark(self.selection))
+
+
+def _draw(args: argparse.Namespace, model: Model, prompts: Prompts, task: Task) -> list[Prompt]:
+    wanted = args.windows + 2 * args.held_out
+    samples = list(task.samples(prompts.tokens, length=args.length, count=wanted, seed=args.seed))
+    if len(samples) < wanted:
+        raise ConfigError(
+            f"texts must give task {task.name!r} {args.windows} + 2 x {args.held_out} samples of "
+            f"{args.length} tokens, got {len(samples)}; give more text, or a smaller --windows, "
+            "--held-out or --length",
+            field="texts",
+        )
+    drawn = [
+        Prompt(
+            id=sample.id,
+            task=task.name,
+            token_ids=tuple(prompts.encode(sample.prompt)),
+            follow=sample.follow,
+            max_new_tokens=len(sample.follow) or min(task.max_new_tokens, FOLLOW_TOKENS),
+        )
+        for sample in samples
+    ]
+    longest = max(len(prompt.token_ids) + prompt.max_new_tokens for prompt in drawn)
+    if longest > model.max_context:
+        raise config_error(
+            "length",
+            f"leave room for the answer in the model's context of {model.max_context} tokens",
+            f"{longest} with the answer of task {task.name!r}",
+            "use a smaller --length",
+        )
+    return drawn
