@@ -37,7 +37,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     )
     args.add_argument("--texts", nargs="+", help="files or folders of task agreement (default: shipped)")
     args.add_argument("--windows", type=int, default=16, help="samples of each task to search with")
-    args.add_argument("--held-out", type=int, default=32, help="others, to choose among the best; as many again")
+    args.add_argument(
+        "--held-out", type=int, default=32, help="others, to choose among the best; and once more"
+    )
     args.add_argument("--trials", type=int, default=100, help="schedules to measure")
     args.add_argument("--seed", type=int, default=0, help="of the samples and of the search")
     args.add_argument("--engines", type=int, default=1, help="engines, each measuring one schedule at a time")

@@ -6,19 +6,23 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import spts
+from cluster.config import EngineConfig
 from cluster.local import local_ray
-from cluster.protocol import EngineError
+from cluster.protocol import Agreement, EngineError
 from jobs.options import read_schedule
+from jobs.pool import Prompt
 from jobs.record import locked, read_lines
 from jobs.schedule_space import CostModel
 from jobs.spec import MethodSpec
 from jobs.tune import main
+from jobs.tune_inputs import Model, Samples
 from spts.cost import ProxyShape
 from spts.methods import Spts
 from tests.cluster.tiny import write_model
@@ -85,7 +89,10 @@ def test_a_search_prints_what_it_found_and_writes_a_schedule(cluster, tiny_model
     assert run(tiny_model, tmp_path / "out", *arguments) == 0
     printed = capsys.readouterr().out
     assert "skipping can start at layer 2, the first one with a proxy" in printed
-    assert "12 schedules on 2 samples of agreement; 3 others are held out" in printed
+    assert (
+        "12 schedules on 2 samples of agreement; then the best 8 on 3 others, and one of them against "
+        "llama-3.1-8b on 3 more" in printed
+    )
     assert re.search(r"^\[12/12\] ", printed, re.MULTILINE)
     summary = json.loads(printed.splitlines()[-1])
     assert summary["num_trials"] == 12
@@ -116,13 +123,15 @@ def test_a_search_prints_what_it_found_and_writes_a_schedule(cluster, tiny_model
     assert sum(" found " in row for row in rows) == sum(" llama-3.1-8b " in row for row in rows) == 1
 
 
-def test_searched_and_held_out_samples_are_different(cluster, tiny_model, text, tmp_path):
+def test_each_stage_has_samples_of_its_own(cluster, tiny_model, text, tmp_path):
     assert run(tiny_model, tmp_path / "out", "--target-speedup", "1.6", "--texts", str(text)) == 0
     (engine,) = cluster.engines
-    prompts = [request.token_ids for request in engine.requests]
-    searched, held_out = set(prompts[: 12 * 2]), set(prompts[-2 * 3 :])
-    assert (len(searched), len(held_out)) == (2, 3)
-    assert not searched & held_out
+    requests = list(engine.requests)
+    searched = {request.token_ids for request in requests[: 12 * 2]}
+    chosen_by = {request.token_ids for request in requests[12 * 2 : 12 * 2 + 8 * 3]}
+    held_out = {request.token_ids for request in requests[-2 * 3 :]}
+    assert (len(searched), len(chosen_by), len(held_out)) == (2, 3, 3)
+    assert len(searched | chosen_by | held_out) == 8
     assert all(len(request.follow) == request.max_new_tokens == 32 for request in engine.requests)
     # Room for the dense distributions of either set: at most 3 samples of 32 tokens.
     assert cluster.config.reference_cache_bytes == 3 * 32 * spts.load(tiny_model).shape.vocab_size * 4
@@ -133,7 +142,7 @@ def test_questions_are_measured_along_the_dense_model_s_answers(cluster, tiny_mo
     (engine,) = cluster.engines
     dense = [request for request in engine.requests if request.method.name == "dense"]
     answers = {request.token_ids: request.token_ids * request.max_new_tokens for request in dense}
-    assert len(dense) == len(answers) == 2 * (2 + 3)
+    assert len(dense) == len(answers) == 2 * (2 + 3 + 3)
     followed = [request for request in engine.requests if request.follow]
     assert all(request.follow == answers[request.token_ids] for request in followed)
 
@@ -160,11 +169,49 @@ def test_the_same_command_does_only_what_is_missing(cluster, tiny_model, text, t
     assert "0 of 12 schedules measured before" in capsys.readouterr().out
 
 
+def test_luck_in_the_search_is_found_out(cluster, tiny_model, text, tmp_path, capsys, monkeypatch):
+    """Schedules with one recent token look perfect on the samples of the search, and only there."""
+    searched: set[tuple[int, ...]] = set()
+    run_request = FakeEngine.run
+
+    async def lucky(engine, request):
+        result = await run_request(engine, request)
+        if len(searched) < 2:
+            searched.add(request.token_ids)
+        if request.token_ids in searched and request.method.schedule.recent_tokens == 1:
+            return replace(result, agreement=(Agreement(kl=0.0, rank=1),))
+        return result
+
+    monkeypatch.setattr(FakeEngine, "run", lucky)
+    assert run(tiny_model, tmp_path / "out", "--target-speedup", "1.6", "--texts", str(text)) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["schedule"]["recent_tokens"] >= 8
+    trials = [line for line in read_lines(tmp_path / "out" / "trials.jsonl") if line["point"]]
+    best = min(trials, key=lambda line: sum(line["kl_nats"]))
+    assert best["schedule"]["recent_tokens"] == 1
+
+
+def test_engines_keep_as_many_beginnings_as_they_have_room_for(tiny_model):
+    model = Model.read(str(tiny_model), None)
+    prompts = tuple(
+        Prompt(id=str(length), task="t", token_ids=(1,) * length, follow=(), max_new_tokens=1)
+        for length in (100, 200, 100)
+    )
+    samples = Samples(calibration=prompts, selection=prompts[:2], held_out=prompts)
+    # A token is two layers of keys and values, 2 heads of 16, and 64 of hidden state, 4 bytes each.
+    config = EngineConfig(model="any", prefix_cache_bytes=300 * (2 * 2 * 2 * 16 + 64) * 4)
+    kept = samples.kept(config, model)
+    assert [prompt.kept for prompt in kept.calibration] == [True, True, False]
+    assert [prompt.kept for prompt in kept.selection] == [True, True]
+    assert not any(prompt.kept for prompt in kept.held_out), "they come twice only"
+
+
 def test_the_fastest_within_a_drop(cluster, tiny_model, text, tmp_path, capsys):
     # The fake engine's tokens agree half below a KL of 0.6, and all below 0.1.
     assert run(tiny_model, tmp_path / "out", "--max-drop", "50", "--texts", str(text)) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["calibration"]["agreement"] >= 0.5
+    assert summary["chosen_by"]["num_samples"] == 2 + 3
+    assert summary["chosen_by"]["agreement"] >= 0.5
     lines = [line for line in read_lines(tmp_path / "out" / "trials.jsonl") if line["set"] == "calibration"]
     keeping = [line["speedup"] for line in lines if line["point"] and min(line["agreement"]) >= 0.5]
     assert summary["speedup"] == max(keeping)
@@ -222,7 +269,7 @@ def test_texts_that_are_too_short_are_refused(cluster, tiny_model, text, tmp_pat
     few = tmp_path / "few.txt"
     few.write_text("".join(text.read_text().splitlines(keepends=True)[:40]))
     assert run(tiny_model, tmp_path / "out", "--max-drop", "1", "--texts", str(few)) == 2
-    message = r"texts must give task 'agreement' 2 \+ 3 samples of 400 tokens, got \d; give more text"
+    message = r"texts must give task 'agreement' 2 \+ 2 x 3 samples of 400 tokens, got \d; give more text"
     assert re.search(message, capsys.readouterr().err)
     few.write_text("too short")
     assert run(tiny_model, tmp_path / "out", "--max-drop", "1", "--texts", str(few)) == 2
@@ -267,7 +314,6 @@ def test_a_search_on_real_engines(tiny_model, text, tmp_path):
     trials = [line for line in lines if line["point"]]
     assert len(trials) == summary["num_trials"] == 12
     assert all(1.6 <= line["speedup"] < 1.63 for line in trials)
-    assert summary["calibration"]["kl_nats"] == min(sum(line["kl_nats"]) / 2 for line in trials)
     # What an engine measured is what the library says of the same prompt.
     from jobs.tasks import get_task
     from jobs.work import Prompts
