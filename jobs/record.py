@@ -167,7 +167,7 @@ class RowWriter:
 
     def write(self, row: Row) -> None:
         """Appends one row."""
-        line = to_line(asdict(row))
+        line = to_line(vars(row))
         with writing(self._path):
             append(self._file, line)
         self._synced = False
@@ -245,7 +245,7 @@ class PlanWriter:
         """Adds a sample and returns its place."""
         place = self._end
         with writing(self._path):
-            self._end += self._file.write(to_line(asdict(sample)))
+            self._end += self._file.write(to_line(vars(sample)))
         return place
 
     def sample(self, place: int) -> PlannedSample:
