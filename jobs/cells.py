@@ -63,16 +63,21 @@ class ModelPlan:
         """Name of the model, and of its proxies where the configuration chooses them."""
         return self.name if self.proxies is None else f"{self.name} with {self.proxies}"
 
-    def engine_config(self, sweep: Sweep) -> EngineConfig:
-        """What each engine of this plan is started with; alone in its engine, a prompt is never sliced."""
+    def engine_config(self, sweep: Sweep, *, prefix_bytes: int = 0) -> EngineConfig:
+        """What each engine of this plan is started with; alone in its engine, a prompt is never sliced.
+
+        prefix_bytes: what a rank keeps of a context; there is room for one per group that is in flight.
+        """
         options = sweep.engine.model_dump(exclude={"count", "in_flight"})
         alone = sweep.engine.in_flight == 1
+        usual = int(EngineConfig.model_fields["prefix_cache_bytes"].default)
         return EngineConfig(
             **options,
             model=self.source,
             proxies=self.proxies,
             max_running=max(8, sweep.engine.in_flight),
             layers_per_step=self.shape.num_layers if alone else 4,
+            prefix_cache_bytes=max(usual, sweep.engine.in_flight * prefix_bytes),
         )
 
 

@@ -172,7 +172,7 @@ def _left(prepared: Prepared, done: set[str]) -> Prepared:
         members = tuple(work for work in group.members if work.key not in done)
         if members:
             groups.append(replace(group, members=members))
-    return Prepared(plan=prepared.plan, groups=groups)
+    return Prepared(plan=prepared.plan, groups=groups, costs=prepared.costs)
 
 
 def _report(folder: Path) -> int:
@@ -224,7 +224,8 @@ async def _run(
 
     plan = work.plan
     _say(f"starting {sweep.engine.count} engine(s) with {plan.title}")
-    engines, info = await start_engines(plan.engine_config(sweep), sweep.engine.count)
+    config = plan.engine_config(sweep, prefix_bytes=work.prefix_bytes)
+    engines, info = await start_engines(config, sweep.engine.count)
     try:
         run_id = secrets.token_hex(4)
         entry = provenance.collect(

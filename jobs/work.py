@@ -22,6 +22,7 @@ from spts.cost import (
     kv_bytes,
     planned_work,
     prefill_flops,
+    prefix_bytes,
 )
 from spts.errors import ConfigError
 from spts.methods import Method
@@ -53,16 +54,19 @@ class Group:
     """What one engine does in one go: a context and its questions, in one cell.
 
     prefix_tokens: tokens that all prompts of the context begin with; 0 = none, or nobody to share them with.
+    order: groups run in ascending order of it, most expensive context first, its methods side by side: they
+    are timed under like conditions and can use what the engine kept of the context.
     """
 
     cell: Cell
     members: tuple[Work, ...]
     prefix_tokens: int
+    order: tuple[float, int, float]
 
     @property
     def flops(self) -> float:
         """Predicted, of the prefills, as if nothing were shared."""
-        return sum(work.flops for work in self.members)
+        return _flops(self.members)
 
 
 @dataclass(kw_only=True)
@@ -80,7 +84,7 @@ class Cost:
 
 @dataclass(kw_only=True)
 class Prepared:
-    """All work of a plan, the most expensive group first. costs: by (label, length)."""
+    """All work of a plan, in the order of `Group.order`. costs: by (label, length)."""
 
     plan: ModelPlan
     groups: list[Group] = field(default_factory=list)
@@ -90,6 +94,21 @@ class Prepared:
     def num_samples(self) -> int:
         """Answers that are wanted."""
         return sum(len(group.members) for group in self.groups)
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Most that a rank keeps of what the prompts of a group begin with."""
+        return max((self._prefix_bytes(group) for group in self.groups if group.prefix_tokens), default=0)
+
+    def _prefix_bytes(self, group: Group) -> int:
+        shape = self.plan.shape
+        return prefix_bytes(
+            shape,
+            group.prefix_tokens,
+            group.cell.method.schedule_for(shape.num_layers).first_skip_layer,
+            dtype_bytes=_dtype_bytes(group.cell),
+            world_size=int(group.cell.record.content["tensor_parallel_size"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +125,7 @@ class Fewer:
 class _Context:
     """A text that prompts begin with: where its first prompt lies, what the others have in common with it."""
 
+    number: int
     prompt: int
     common: int
     shortest: int
@@ -144,7 +164,7 @@ def prepare(
         if got < cell.count:
             fewer.append(Fewer(task=cell.task.name, length=cell.length, wanted=cell.count, got=got))
     for one in prepared:
-        one.groups.sort(key=lambda group: -group.flops)
+        one.groups.sort(key=lambda group: group.order)
     return prepared, fewer
 
 
@@ -156,6 +176,7 @@ class _Maker:
         self._file = file
         self._plan_file = plan_file
         self._keys: set[str] = set()
+        self._num_contexts = 0
 
     def make(self, task: Task, users: list[tuple[Prepared, Cell]], on_prompt: Callable[[], None]) -> int:
         """Adds the groups to each `Prepared`; returns the number of samples."""
@@ -181,17 +202,26 @@ class _Maker:
                 "task or the length",
                 field="tasks",
             )
+        peaks = {name: max(_flops(groups[name]) for groups in members) for name in contexts}
         for (prepared, cell), groups in zip(users, members, strict=True):
             prepared.costs[cell.record.label, cell.length].groups += len(groups)
             prepared.groups.extend(
-                Group(cell=cell, members=tuple(works), prefix_tokens=contexts[name].prefix_tokens)
+                Group(
+                    cell=cell,
+                    members=tuple(works),
+                    prefix_tokens=contexts[name].prefix_tokens,
+                    order=(-peaks[name], contexts[name].number, -_flops(works)),
+                )
                 for name, works in groups.items()
             )
         return got
 
     def _join(self, contexts: dict[str, _Context], name: str, place: int, token_ids: tuple[int, ...]) -> None:
         if name not in contexts:
-            contexts[name] = _Context(prompt=place, common=len(token_ids), shortest=len(token_ids))
+            self._num_contexts += 1
+            contexts[name] = _Context(
+                number=self._num_contexts, prompt=place, common=len(token_ids), shortest=len(token_ids)
+            )
             return
         context = contexts[name]
         context.num += 1
@@ -244,6 +274,10 @@ class _Maker:
             num_follow=len(sample.follow),
             flops=flops,
         )
+
+
+def _flops(works: Sequence[Work]) -> float:
+    return sum(work.flops for work in works)
 
 
 def common_prefix(first: array[int], second: array[int]) -> int:

@@ -17,7 +17,7 @@ from jobs.prompts import PromptFile, Prompts
 from jobs.record import PlanWriter, Row, read_rows
 from jobs.runner import Limits, Runner
 from jobs.spec import load_sweep
-from jobs.work import Group, Work, prepare
+from jobs.work import Group, Prepared, Work, prepare
 from tests.fakes import FakeEngine
 
 UNMEASURED = {"engine", "run", "attempts", "finished_unix_s", "queue_s", "ttft_s", "decode_s", "total_s"}
@@ -99,6 +99,7 @@ class Made:
     """A sweep's work over one model, its prompts on disk."""
 
     plans: tuple[ModelPlan, ...]
+    prepared: list[Prepared]
     groups: list[Group]
     prompts: Prompts
     file: PromptFile
@@ -134,7 +135,14 @@ def made(config: Path, folder: Path) -> Iterator[Made]:
         prepared, _ = prepare(plans, prompts, file=file, plan_file=plan_file)
         plan_file.commit()
         groups = [group for one in prepared for group in one.groups]
-        yield Made(plans=plans, groups=groups, prompts=prompts, file=file, plan_file=plan_file)
+        yield Made(
+            plans=plans,
+            prepared=prepared,
+            groups=groups,
+            prompts=prompts,
+            file=file,
+            plan_file=plan_file,
+        )
 
 
 def run(

@@ -53,14 +53,16 @@ def test_every_sample_gets_the_row_its_engine_measured(tmp_path, work):
         assert sorted(times) == list(times)  # type: ignore[type-var]  # none of them is None
 
 
-def test_the_most_expensive_first(tmp_path, work):
+def test_the_most_expensive_contexts_first_and_their_methods_side_by_side(tmp_path, work):
     engine = SweptEngine()
     run(tmp_path, work, [engine])
-    flops = [group.flops for group in work.groups]
-    assert flops == sorted(flops, reverse=True)
     assert [request.token_ids for request in engine.requests] == [work.token_ids(w) for w in work.work]
-    assert work.groups[0].cell.record.method == "dense"
-    assert work.groups[0].cell.length == 420
+    for first in range(0, len(work.work), 3):
+        labels = [group.cell.record.label for group in work.groups[first : first + 3]]
+        assert labels[0] == "dense" and set(labels) == {"dense", "spts", "random"}
+        assert len({one.sample for one in work.work[first : first + 3]}) == 1
+    dense = [group.flops for group in work.groups[::3]]
+    assert dense == sorted(dense, reverse=True)
 
 
 def test_engines_share_the_work(tmp_path, work):

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import jobs.spec
 from jobs.prompts import Prompts
 from jobs.record import read_plan
+from jobs.spec import load_sweep
 from jobs.tasks import Sample, get_task
 from jobs.work import common_prefix
 from spts.cost import dense_flops
@@ -140,12 +141,26 @@ def test_a_context_and_its_questions_are_one_group_per_method(quiz):
     for label in ("dense", "spts", "random"):
         groups = [g for g in one.groups if g.cell.record.label == label]
         assert [[w.sample for w in g.members] for g in groups] == [["q0", "q2", "q3"], ["q4"], ["q1"]]
+        assert [g.cell.record.label for g in one.groups[:3]] == ["dense", "spts", "random"]
         shared, *others = groups
         prompts = [one.token_ids(work) for work in shared.members]
         assert len({tuple(p[: shared.prefix_tokens]) for p in prompts}) == 1
         assert len({tuple(p[: shared.prefix_tokens + 1]) for p in prompts}) > 1
         assert one.prompts.answer(prompts[0][: shared.prefix_tokens], ()).startswith(text)
         assert [g.prefix_tokens for g in others] == [0, 0]
+
+
+def test_engines_have_room_for_a_prefix_of_every_lane(quiz, config, write_config):
+    text = "the quick brown fox jumps over the lazy dog " * 8
+    one = quiz(sample(0, text + "Who?", context="fox"), sample(1, text + "Why?", context="fox"))
+    (prepared,) = one.prepared
+    dense = next(g for g in prepared.groups if g.cell.record.label == "dense")
+    # Keys and values of 2 heads of 16, float32, in 6 layers.
+    assert prepared.prefix_bytes == dense.prefix_tokens * 6 * 2 * 2 * 16 * 4
+    sweep = load_sweep(write_config({**config, "tasks": ["quiz"], "engine": {"in_flight": 3}}))
+    plan = prepared.plan
+    assert plan.engine_config(sweep, prefix_bytes=2**30).prefix_cache_bytes == 3 * 2**30
+    assert plan.engine_config(sweep, prefix_bytes=10).prefix_cache_bytes == 2**31
 
 
 def test_a_prefix_leaves_every_prompt_a_token(quiz):
