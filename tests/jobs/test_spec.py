@@ -34,8 +34,8 @@ FAULTS = [
     ({"lengths": [340, 0]}, "lengths.1 must be greater than or equal to 1, got 0"),
     ({"lengths": [340, "long"]}, "lengths.1 must be a valid integer, got 'long'"),
     (
-        {"lengths": [500]},
-        r"lengths must leave room for the answer in the context of .*\(512 tokens\), got 500 \+ 24",
+        {"lengths": [340, 513]},
+        r"lengths must fit the context of .*\(512 tokens\), got 513; use less",
     ),
     ({"samples": 0}, "samples must be an integer of at least 1, or a mapping .*, got 0; correct it"),
     ({"samples": {340: 2}}, r"samples must have one entry for each of lengths \[340, 420\], got \[340\]"),
@@ -185,6 +185,16 @@ def test_an_output_that_cannot_be_written(config, write_config, tmp_path, capsys
     out = tmp_path / "file" / "out"
     message = fault_of(["--config", str(write_config(config)), "--out", str(out)], capsys)
     assert f"output must be a folder that can be written, got {out} (Not a directory)" in message
+
+
+def test_a_length_without_room_for_the_answer(config, write_config, capsys):
+    config["lengths"] = [505]
+    message = fault_of(["--config", str(write_config(config))], capsys)
+    expected = (
+        r"lengths must leave room for the answer in the model's context of 512 tokens, got \d+ \+ \d+ in"
+    )
+    assert re.search(expected, message)
+    assert not (Path(config["output"]) / "plan.jsonl").exists()
 
 
 def test_a_length_without_room_for_the_needles(config, write_config, capsys):
