@@ -32,7 +32,7 @@ from spts.schedule import Schedule
 
 
 class EngineSpec(Strict):
-    """The engines of a sweep: `count` equal ones, each answering `in_flight` prompts at a time.
+    """The engines of a sweep: `count` equal ones, each with `in_flight` contexts at a time.
 
     Times are those of a prompt alone only if in_flight is 1. The other keys: `cluster.config.EngineConfig`.
     """
