@@ -16,9 +16,9 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -88,7 +88,15 @@ def _main(options: argparse.Namespace) -> int:
         with PromptFile(folder) as file, _plan_file(folder, sweep, plans) as plan_file:
             prepared, prompts = _prepare(sweep, plans, file, plan_file)
             _say_costs(prepared)
-            return _run_all(sweep, prepared, prompts, done, folder, file, plan_file, options)
+            start = _Start(
+                sweep=sweep,
+                folder=folder,
+                file=file,
+                plan_file=plan_file,
+                prompts=prompts,
+                commit=options.commit,
+            )
+            return _run_all(start, prepared, done)
 
 
 def _plan_file(folder: Path, sweep: Sweep, plans: Sequence[ModelPlan]) -> PlanWriter:
@@ -125,43 +133,36 @@ def _prepare(
     return prepared, prompts
 
 
-def _run_all(
-    sweep: Sweep,
-    prepared: Sequence[Prepared],
-    prompts: dict[str, Prompts],
-    done: set[str],
-    folder: Path,
-    file: PromptFile,
-    plan_file: PlanWriter,
-    options: argparse.Namespace,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """One start of a sweep: where it reads and writes. prompts: the tokenizers by the name of the model."""
+
+    sweep: Sweep
+    folder: Path
+    file: PromptFile
+    plan_file: PlanWriter
+    prompts: Mapping[str, Prompts]
+    commit: str | None
+
+
+def _run_all(start: _Start, prepared: Sequence[Prepared], done: set[str]) -> int:
     left = [_left(one, done) for one in prepared]
     total = sum(one.num_samples for one in prepared)
     number = sum(one.num_samples for one in left)
-    _say(f"results: {folder} ({total - number} of {total} samples there, {number} to do)")
+    _say(f"results: {start.folder} ({total - number} of {total} samples there, {number} to do)")
     full, failed = False, 0
-    with _cluster(sweep, [one.plan for one in left if one.groups]):
-        plan_file.commit()
+    with _cluster(start.sweep, [one.plan for one in left if one.groups]):
+        start.plan_file.commit()
         try:
             for one, whole in zip(left, prepared, strict=True):
                 if one.groups:
-                    already = whole.num_samples - one.num_samples
-                    progress = SweepProgress(
-                        labels=dict.fromkeys(cell.record.label for cell in one.plan.cells),
-                        total=whole.num_samples,
-                        already=already,
-                        flops=sum(group.flops for group in one.groups),
-                        planned=lambda work: plan_file.sample(work.planned),
-                    )
-                    asyncio.run(
-                        _run(sweep, one, prompts[one.plan.name], folder, file, progress, options.commit)
-                    )
+                    asyncio.run(_run(start, one, already=whole.num_samples - one.num_samples))
         except DiskError:
             full = True
             raise
         finally:
             if not full:
-                failed = _report(folder)
+                failed = _report(start.folder)
     return 1 if failed == total else 0
 
 
@@ -210,19 +211,11 @@ def _cluster(sweep: Sweep, plans: Sequence[ModelPlan]) -> Iterator[None]:
             ray.shutdown()
 
 
-async def _run(
-    sweep: Sweep,
-    work: Prepared,
-    prompts: Prompts,
-    folder: Path,
-    file: PromptFile,
-    progress: SweepProgress,
-    commit: str | None,
-) -> None:
-    """One model: its engines up, its work done, its engines down."""
+async def _run(start: _Start, work: Prepared, *, already: int) -> None:
+    """One model: its engines up, its work done, its engines down. already: samples done by earlier starts."""
     from jobs.engines import start_engines, stop_engines
 
-    plan = work.plan
+    sweep, plan, folder = start.sweep, work.plan, start.folder
     _say(f"starting {sweep.engine.count} engine(s) with {plan.title}")
     config = plan.engine_config(sweep, prefix_bytes=work.prefix_bytes)
     engines, info = await start_engines(config, sweep.engine.count)
@@ -231,15 +224,28 @@ async def _run(
         entry = provenance.collect(
             command=[Path(sys.executable).name, "-m", "jobs.sweep", *sys.argv[1:]],
             config=sweep.model_dump(mode="json"),
-            commit=commit,
+            commit=start.commit,
         )
         about = {"proxies": plan.proxies, "tokenizer": plan.tokenizer, "chat_template": plan.chat_template}
         provenance.append(folder, {"run": run_id, **entry, "engine": asdict(info), **about})
-        limits = Limits(
-            in_flight=sweep.engine.in_flight, timeout_s=sweep.sample_timeout_s, attempts=sweep.attempts
+        progress = SweepProgress(
+            labels=dict.fromkeys(cell.record.label for cell in plan.cells),
+            total=already + work.num_samples,
+            already=already,
+            flops=sum(group.flops for group in work.groups),
+            planned=lambda one: start.plan_file.sample(one.planned),
         )
         runner = Runner(
-            folder=folder, run_id=run_id, limits=limits, prompts=prompts, file=file, on_row=progress.on_row
+            folder=folder,
+            run_id=run_id,
+            limits=Limits(
+                in_flight=sweep.engine.in_flight,
+                timeout_s=sweep.sample_timeout_s,
+                attempts=sweep.attempts,
+            ),
+            prompts=start.prompts[plan.name],
+            file=start.file,
+            on_row=progress.on_row,
         )
         try:
             await runner.run(work.groups, engines)
@@ -248,7 +254,6 @@ async def _run(
             _say_usage(runner.usage)
             provenance.finish(folder, run_id, runner.usage.to_dict())
     finally:
-        progress.close()
         await stop_engines(engines)
 
 
