@@ -182,6 +182,8 @@ def seeded(offset: int = 0) -> Iterator[None]:
         numpy.random.set_state(array)
 
 
-def one_line(error: Exception) -> str:
-    """An outside error, short enough to stand inside one of ours."""
+def one_line(error: BaseException) -> str:
+    """An outside error's first cause, short enough to stand inside one of ours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -79,13 +79,14 @@ class TaskFolder:
         (self.path / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
         return name
 
-    def add_scored(self, name: str) -> str:
+    def add_scored(self, name: str, **changes: Any) -> str:
         """A task whose scorer is a function beside it."""
         metrics = [
             {"metric": "characters", "aggregation": "mean", "higher_is_better": False},
             {"metric": "begins", "aggregation": "mean", "higher_is_better": True},
         ]
-        return self.add(name, process_results=Function("scorer.process_results"), metric_list=metrics)
+        scorer = Function("scorer.process_results")
+        return self.add(name, process_results=scorer, metric_list=metrics, **changes)
 
     def entry(self, *names: str, **params: Any) -> dict[str, Any]:
         """What a sweep's `tasks` lists."""
