@@ -50,7 +50,7 @@ class TextTokenizer:
         return self._ids(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Token ids of a conversation through the chat template. Raises RequestError as `render_chat` does."""
+        """Token ids of a conversation through the chat template. Raises RequestError, see `render_chat`."""
         return self._ids(self.render_chat(messages), add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
