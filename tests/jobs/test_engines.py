@@ -77,7 +77,7 @@ async def test_a_request_waits_while_another_one_mends_its_engine(may_start):
 
 
 async def test_an_engine_that_is_gone_for_good_says_so(may_start):
-    engine = RayEngine("engine-0", CONFIG, max_replacements=0)
+    engine = RayEngine("engine-0", CONFIG, max_deaths=0)
     await engine.start()
     assert not await engine.recover()
     await engine.stop()
