@@ -54,7 +54,12 @@ class TextTokenizer:
         return self._ids(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Token ids of a conversation through the chat template, up to where the assistant begins to speak.
+        """Token ids of a conversation through the chat template. Raises RequestError, see `render_chat`."""
+        return self._ids(self.render_chat(messages), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation through the chat template, up to where the assistant begins to speak. It has all of
+        its special tokens: `encode` would add some again.
 
         Raises RequestError, code "invalid_chat", when the model has no template or the template refuses.
         """
@@ -65,18 +70,24 @@ class TextTokenizer:
                 field="messages",
             )
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._special))
         except TemplateError as error:
             raise RequestError(
                 f"messages must suit the model's chat template, got {error}; change roles or order",
                 code="invalid_chat",
                 field="messages",
             ) from None
-        return self._ids(text, add_special_tokens=False)
 
     def _ids(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         # A batch of one: unlike `encode` it lets go of the GIL, so a long text keeps no other thread waiting.
         return tuple(self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def special_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Token ids of those texts that are special tokens, such as "<|im_end|>"."""
+        special = self.tokenizer.get_added_tokens_decoder() if texts else {}
+        return tuple(
+            token_id for token_id, token in special.items() if token.special and token.content in texts
+        )
 
     def token_text(self, token_id: int) -> str:
         """One token on its own; U+FFFD stands for bytes that are only part of a character."""

@@ -13,6 +13,7 @@ from cluster.tokenizer import TextStream, TextTokenizer
 from jobs.lines import append, writing
 from jobs.tasks import Sample
 from jobs.tokens import PlainTokens
+from spts.sampling import Sampling
 
 _FILE = "prompts.bin"
 # Some chat templates print the day's date. A sweep that is resumed tomorrow must have the same prompts; this
@@ -24,15 +25,19 @@ class Prompts:
     """A model folder's tokenizer, the one that also serves it, so that a swept prompt is a served prompt."""
 
     def __init__(self, folder: Path) -> None:
-        self._text = TextTokenizer(folder, now=lambda: _DATE)
-        self.tokens = PlainTokens(self._text.tokenizer)
+        self.text = TextTokenizer(folder, now=lambda: _DATE)
+        self.tokens = PlainTokens(self.text.tokenizer)
 
     def encode(self, sample: Sample) -> tuple[int, ...]:
         """Token ids of a sample's prompt: through the chat template if it wants that and the model has one,
         else with whatever the tokenizer adds to a text."""
-        if sample.chat and self._text.has_chat_template:
-            return self._text.encode_chat([{"role": "user", "content": sample.prompt}])
-        return self._text.encode(sample.prompt)
+        if sample.chat and self.text.has_chat_template:
+            return self.text.encode_chat([{"role": "user", "content": sample.prompt}])
+        return self.text.encode(sample.prompt)
+
+    def sampling(self, stop: Sequence[str]) -> Sampling:
+        """Greedy. A stop string that is a special token has no text in an answer: it ends it as a token."""
+        return Sampling(stop_token_ids=self.text.special_ids(stop))
 
     def answer(self, token_ids: Iterable[int], stop: Sequence[str]) -> str:
         """The text of an answer, without special tokens, up to the first stop string in it."""
@@ -42,7 +47,7 @@ class Prompts:
 
     def stopping(self, stop: Sequence[str]) -> Callable[[int], bool]:
         """A function that is given an answer's tokens one by one and says when a stop string is complete."""
-        stream = TextStream(self._text, stop)
+        stream = TextStream(self.text, stop)
 
         def stopped(token_id: int) -> bool:
             stream.push(token_id)

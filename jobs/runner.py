@@ -26,7 +26,6 @@ from cluster.protocol import EngineError, Request, Result
 from jobs.prompts import PromptFile, Prompts
 from jobs.record import Row, RowWriter
 from jobs.work import Group, Work
-from spts.sampling import Sampling
 
 # Kinds of errors that say nothing of the sample: another try, perhaps on another engine, may succeed.
 _ENGINE_FAULTS = ("unavailable", "overloaded", "internal")
@@ -256,17 +255,18 @@ class Runner:
     async def _answer(self, engine: SweepEngine, group: Group, work: Work) -> Result | EngineError:
         token_ids = self._file.read(work.prompt, work.num_tokens + work.num_follow)
         task = work.cell.task
+        stop = () if work.num_follow else task.stop
         request = Request(
             request_id=f"{work.key}-{next(self._numbers)}",
             token_ids=tuple(token_ids[: work.num_tokens]),
             method=work.cell.method,
             max_new_tokens=work.num_follow or task.max_new_tokens,
-            sampling=Sampling(),
+            sampling=self._prompts.sampling(stop),
             deadline_s=self._limits.timeout_s,
             prefix_tokens=group.prefix_tokens,
             follow=tuple(token_ids[work.num_tokens :]),
         )
-        until = self._prompts.stopping(task.stop) if task.stop and not request.follow else None
+        until = self._prompts.stopping(stop) if stop else None
         patience_s = self._limits.timeout_s + _GRACE_S
         try:
             return await asyncio.wait_for(engine.run(request, until), patience_s)
