@@ -15,10 +15,8 @@ def fill(
     room: int,
     fewest: int,
     guess: int,
-    task: str,
-    length: int,
-) -> int:
-    """The most units with which the rendered text has at most `room` tokens.
+) -> int | None:
+    """The most units with which the rendered text has at most `room` tokens; None = not even the fewest fit.
 
     A text's tokens grow almost evenly with its units, so each try is drawn from a straight line through the
     tries before it: never more than eight times as far, and halving what is left where the line leads astray.
@@ -30,10 +28,6 @@ def fill(
         room: tokens that the text may have.
         fewest: units that the text cannot do without.
         guess: where to look first, such as the answer for a text of the same kind.
-        task, length: what an error names: the task, and the length that it was asked for.
-
-    Raises:
-        ConfigError: the fewest units do not fit; names the length at which they would.
     """
 
     # `encode` and not `count`: a count is remembered with its text, and these are as long as a prompt.
@@ -42,11 +36,7 @@ def fill(
 
     smallest = size(fewest)
     if smallest > room:
-        raise ConfigError(
-            f"length must leave room for the smallest prompt of task {task!r} and its answer, got {length} "
-            f"tokens; use at least {length + smallest - room}",
-            field="length",
-        )
+        return None
     low, low_size, high, high_size = fewest, smallest, None, 0
     tried, num_tries = max(guess, fewest + 16), 0
     while high is None or high - low > 1:
@@ -65,3 +55,12 @@ def fill(
         else:
             tried = (low + high) // 2
     return low
+
+
+def no_room(task: str, length: int, enough: int) -> ConfigError:
+    """The error for a length that not even the smallest prompt of a task fits into."""
+    return ConfigError(
+        f"length must leave room for the smallest prompt of task {task!r}, got {length} tokens; "
+        f"use at least {enough}",
+        field="length",
+    )

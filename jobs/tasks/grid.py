@@ -7,14 +7,13 @@ Our own default needle is worded as those of `jobs.tasks.needle`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 from jobs.tasks.base import Meta, Sample, Tokens
 from jobs.tasks.document import document, place, put
-from jobs.tasks.fill import fill
+from jobs.tasks.fill import fill, no_room
 from jobs.tasks.needle import ask
 from spts.errors import check_keys, config_error, require_int
 
@@ -66,7 +65,7 @@ class GridTask:
             **({} if self.haystack is None else {"haystack": self.haystack}),
         }
 
-    @cached_property
+    @property
     def max_new_tokens(self) -> int:
         """No token holds less than a byte, and some words may lead up to the answer."""
         return 32 + max(len(", ".join(each.answers).encode()) for each in self.questions)
@@ -106,15 +105,13 @@ class GridTask:
             def context(units: int, text: int = text, start: int = start) -> str:
                 return self._context(text, units, start)
 
-            units = fill(
-                lambda units, context=context: context(units) + longest,
-                tokens=tokens,
-                room=length,
-                fewest=0,
-                guess=units,
-                task=self.name,
-                length=length,
-            )
+            def prompt(units: int, context: Callable[[int], str] = context) -> str:
+                return context(units) + longest
+
+            most = fill(prompt, tokens=tokens, room=length, fewest=0, guess=units)
+            if most is None:
+                raise no_room(self.name, length, len(tokens.encode(prompt(0))))
+            units = most
             # Where a text's end and a question meet, a shorter question can have more tokens.
             while units and any(len(tokens.encode(context(units) + each)) > length for each in suffixes):
                 units -= 1

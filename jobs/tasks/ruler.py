@@ -27,12 +27,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jobs.tasks.base import Meta, Sample, Tokens
 from jobs.tasks.document import document
-from jobs.tasks.fill import fill
+from jobs.tasks.fill import fill, no_room
 from jobs.tasks.ruler_kind import Draft, Kind, Sources
 from jobs.tasks.ruler_lists import CommonWords, FrequentWords, VariableTracking
 from jobs.tasks.ruler_niah import Niah
@@ -110,7 +110,7 @@ class RulerTask:
         sources = self._sources()
         parts = {"haystack": sources.haystack, "words": sources.words, "questions": sources.questions}
         return {
-            "settings": asdict(self.kind),
+            "settings": dict(vars(self.kind)),
             "texts_sha256": texts_hash(sources.texts),
             **{name: dict(part.content()) for name, part in parts.items() if part is not None},
         }
@@ -125,21 +125,7 @@ class RulerTask:
         limit = self.kind.num_samples(sources)
         units = 0
         for index in range(count if limit is None else min(count, limit)):
-
-            def draw(units: int, index: int = index) -> Draft:
-                rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{index}")
-                return self.kind.draw(rng, sources, tokens, index=index, units=units, length=length)
-
-            units = fill(
-                lambda units, draw=draw: draw(units).prompt,
-                tokens=tokens,
-                room=length - self.max_new_tokens,
-                fewest=self.kind.fewest(sources, index),
-                guess=units,
-                task=self.name,
-                length=length,
-            )
-            draft = draw(units)
+            units, draft = self._fitting(sources, tokens, length, seed, index, guess=units)
             yield Sample(
                 id=f"{self.name}-{length}-{seed}-{index}",
                 prompt=draft.prompt,
@@ -147,6 +133,31 @@ class RulerTask:
                 meta={} if draft.depth is None else {"depth": round(draft.depth, 4)},
                 chat=True,
             )
+
+    def _fitting(
+        self, sources: Sources, tokens: Tokens, length: int, seed: int, index: int, *, guess: int
+    ) -> tuple[int, Draft]:
+        """Sample `index` with as many units of haystack as fit, and how many those are."""
+
+        # The length is no part of the seed: the same needles at every length, and an exact smallest length.
+        def draw(units: int, length: int) -> Draft:
+            rng = random.Random(f"{self.name}/{self.version}/{seed}/{index}")
+            return self.kind.draw(rng, sources, tokens, index=index, units=units, length=length)
+
+        answer, fewest = self.max_new_tokens, self.kind.fewest(sources, index)
+        units = fill(
+            lambda units: draw(units, length).prompt,
+            tokens=tokens,
+            room=length - answer,
+            fewest=fewest,
+            guess=guess,
+        )
+        if units is None:
+            enough = length  # some settings grow with the length: go on until nothing is missing
+            while (needed := len(tokens.encode(draw(fewest, enough).prompt)) + answer) > enough:
+                enough = needed
+            raise no_room(self.name, length, enough)
+        return units, draw(units, length)
 
     def score(self, text: str, references: tuple[str, ...], meta: Meta) -> float:
         """RULER's string_match_all, or string_match_part for the QA tasks, of one answer: 0 to 1."""
