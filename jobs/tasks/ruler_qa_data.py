@@ -98,7 +98,10 @@ def _squad(data: Any) -> tuple[list[str], list[Question]]:
             where = f"data[{a}].paragraphs[{p}]"
             context = _get(where, paragraph, "context", str)
             asked = []
-            for q, entry in enumerate(paragraph.get("qas") or ()):
+            qas = paragraph.get("qas")
+            if not isinstance(qas, list):
+                raise _Malformed(where, "have a list 'qas'", repr(qas)[:80])
+            for q, entry in enumerate(qas):
                 at = f"{where}.qas[{q}]"
                 text = _get(at, entry, "question", str)
                 if not entry.get("is_impossible", False):
