@@ -34,9 +34,11 @@ def test_it_is_the_largest_of_all(fewest, guess):
     for room in (0, 5, 63, 500, 1000, 20_000):
         sizes = [rng.choice([1, 2, 3, 40, 200]) for _ in range(30_000)]
         ends = [0, *accumulate(sizes)]
-        found = fill(
-            lambda n, ends=ends: "x" * ends[n], tokens=Characters(), room=room, fewest=fewest, guess=guess
-        )
+
+        def render(units: int, ends: list[int] = ends) -> str:
+            return "x" * ends[units]
+
+        found = fill(render, tokens=Characters(), room=room, fewest=fewest, guess=guess)
         best = max((n for n in range(fewest, len(ends)) if ends[n] <= room), default=None)
         assert found == best
 

@@ -12,6 +12,7 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,12 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.tasks import get_task
-from jobs.tasks.ruler import KINDS
+from jobs.tasks.ruler import KINDS, RulerTask
 from jobs.tasks.ruler_kind import Draft
+from jobs.tasks.ruler_niah import Niah
 from jobs.tasks.ruler_passages import hotpotqa_like, squad_like
 from tests.jobs.ruler_stand_ins import Words
 
 FOLDER = "tasks/ruler"
+NO_PARAMS: Mapping[str, str] = {}
 HAYSTACK = {"noise": "repeat", "essay": "essay", "needle": "needle"}
 SENTENCES = [f"Here is sentence {i}." for i in range(120)]
 
@@ -70,7 +73,15 @@ def lm_eval() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name, made in stand_ins.items():
             patch.setitem(sys.modules, name, made)
-        for name in ("common_utils", "prepare_niah", "vt_utils", "cwe_utils", "fwe_utils", "qa_utils"):
+        for name in (
+            "common_utils",
+            "prepare_niah",
+            "niah_utils",
+            "vt_utils",
+            "cwe_utils",
+            "fwe_utils",
+            "qa_utils",
+        ):
             full = f"lm_eval.tasks.ruler.{name}"
             file_spec = importlib.util.spec_from_file_location(full, folder / f"{name}.py")
             assert file_spec is not None and file_spec.loader is not None
@@ -78,6 +89,7 @@ def lm_eval() -> Any:
             patch.setitem(sys.modules, full, made)
             file_spec.loader.exec_module(made)
             setattr(loaded, name, made)
+    loaded.niah_utils.get_tokenizer = lambda name: tokenizer
     return loaded
 
 
@@ -85,8 +97,10 @@ def tokenizer(text: str) -> SimpleNamespace:
     return SimpleNamespace(input_ids=text.split())
 
 
-def ours(name: str, units: int, *, index: int = 0, length: int = 8192, **params: str) -> Draft:
-    task = get_task({"name": name, **params})
+def ours(
+    name: str, units: int, params: Mapping[str, str] = NO_PARAMS, *, index: int = 0, length: int = 8192
+) -> Draft:
+    task = RulerTask(name=name, **params)
     return task.kind.draw(random.Random(1), task._sources(), Words(), index=index, units=units, length=length)
 
 
@@ -99,30 +113,26 @@ def nameless(text: str) -> str:
 @pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("niah")])
 def test_needles(name, lm_eval, tmp_path):
     kind, generator = KINDS[name], lm_eval.prepare_niah
-    params = {}
+    assert isinstance(kind, Niah)
+    params: dict[str, str] = {}
     haystack = generator.get_haystack(type_haystack="repeat" if kind.haystack == "noise" else "needle")
     if kind.haystack == "essay":
         (tmp_path / "text.txt").write_text(" ".join(SENTENCES), encoding="utf-8")
         params, haystack = {"haystack": str(tmp_path)}, " ".join(SENTENCES).split()
     units = 120
+    # lm-eval's function of that name, less its download: with its own settings.
+    utils, settings = lm_eval.niah_utils, {}
+    utils.get_haystack = lambda type_haystack: haystack
+    utils.generate_samples = lambda text, **given: settings.update(given) or iter(())
+    utils.download_dataset = list
+    getattr(utils, name)(tokenizer="any")
     random.seed(0)
-    (theirs,) = generator.generate_samples(
-        haystack,
-        TOKENIZER=tokenizer,
-        max_seq_length=4096,
-        template=niah_template(),
-        type_haystack=HAYSTACK[kind.haystack],
-        type_needle_k=kind.keys,
-        type_needle_v=kind.values,
-        num_needle_k=1 if name == "niah_multiquery" else kind.num_keys,
-        num_needle_v=kind.num_values,
-        num_needle_q=kind.num_queries,
-        num_samples=1,
-    )
+    (theirs,) = generator.generate_samples(haystack, **{**settings, "num_samples": 1})
+    assert settings["type_haystack"] == HAYSTACK[kind.haystack]
     if kind.haystack != "essay":
         needles = kind.num_keys * kind.num_values
         units = theirs["input"].count("\n") - 1 - needles
-    draft = ours(name, units, **params)
+    draft = ours(name, units, params)
     assert len(draft.references) == len(theirs["outputs"])
     prompt = f"{theirs['input']} {theirs['gen_prefix']}"
 
@@ -137,12 +147,6 @@ def test_needles(name, lm_eval, tmp_path):
     assert task.max_new_tokens == 128
 
 
-def niah_template() -> str:
-    from jobs.tasks.ruler_texts import ruler_texts
-
-    return ruler_texts(("niah",), None)["niah"]
-
-
 def test_variables(lm_eval):
     utils = lm_eval.vt_utils
     random.seed(0)
@@ -154,7 +158,7 @@ def test_variables(lm_eval):
     )
     prompt = f"{theirs['input']} {theirs['gen_prefix']}"
     draft = ours("vt", 60)
-    noise = get_task("vt")._sources().texts["noise"]
+    noise = RulerTask(name="vt")._sources().texts["noise"]
 
     def frame(text: str) -> str:
         text = text.replace(noise, " ")
@@ -224,7 +228,7 @@ def test_questions(name, form, lm_eval, tmp_path):
     qas, docs = utils.read_squad("here") if form == "squad" else utils.read_hotpotqa("here")
     file = tmp_path / "set.json"
     file.write_text(json.dumps(data), encoding="utf-8")
-    questions = get_task({"name": name, form: str(file)})._sources().questions
+    questions = RulerTask(name=name, **{form: str(file)})._sources().questions
     assert questions is not None
     assert list(questions.documents) == docs
     assert [(q.text, list(q.answers), list(q.documents), list(q.close)) for q in questions.questions] == [
@@ -234,7 +238,7 @@ def test_questions(name, form, lm_eval, tmp_path):
     for index, units in ((0, 10), (3, 30), (5, len(docs) - 1)):
         text, answers = utils.generate_input_output(index, units, qas, docs)
         prefix = utils.CONFIG["answer_prefix"]
-        draft = ours(name, units, index=index, **{form: str(file)})
+        draft = ours(name, units, {form: str(file)}, index=index)
         assert list(draft.references) == answers
         documents = re.compile(r"Document (\d+):\n(.*?)\n\n(?=Document |Answer )", re.DOTALL)
         found = [documents.findall(each) for each in (draft.prompt, f"{text} {prefix}")]
