@@ -165,7 +165,7 @@ def test_the_page_says_what_the_numbers_say(small):
     ours, dense = 100 * spts.score.value, 100 * model.overall["dense"].score.value
     sentence = (
         f"spts scores {ours:.1f} % where dense scores {dense:.1f} %, with 44 % of the dense prefill FLOP and "
-        f"41 % of the KV cache; its first token comes {spts.speedup:.2f}× as fast."
+        f"41 % of the KV cache; its first token comes {spts.costs.speedup:.2f}× as fast."
     )
     assert sentence in page.text.replace("\N{NO-BREAK SPACE}", " ")
     assert "1 sample failed and counted as a score of 0." in page.text
@@ -184,7 +184,7 @@ def test_the_page_is_the_same_every_time(small, fresh):
 def test_markdown_tables_have_as_many_cells_as_their_heads(small):
     text = (small / "report.md").read_text(encoding="utf-8")
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 4
+    assert len(tables) == 8, "scores, costs, tasks, lengths (all, two tasks), provenance, starts"
     for table in tables:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
@@ -209,7 +209,7 @@ def test_the_terminal_table_fits_80_columns(small):
     assert max(map(len, printed.splitlines())) <= 80
     assert "…" not in printed.replace(" … ", ""), "no column is cut"
     for label in ("dense", "spts", "random", "recency"):
-        assert len(re.findall(rf"^ +{label} +", printed, flags=re.MULTILINE)) == 2
+        assert len(re.findall(rf"^ +{label} +", printed, flags=re.MULTILINE)) == 3
     assert "1 sample failed" in printed
 
 
@@ -226,7 +226,7 @@ def test_a_sweep_without_dense_has_no_differences(tmp_path):
     write_report(tmp_path)
     (model,) = load(tmp_path).models
     assert model.baseline is None
-    assert all(line.delta is None and line.speedup is None for line in model.overall.values())
+    assert all(line.delta is None and line.costs.speedup is None for line in model.overall.values())
     Page((tmp_path / "report.html").read_text())
 
 
@@ -243,7 +243,7 @@ def test_everything_failed(tmp_path):
     )
     write_report(tmp_path)
     line = load(tmp_path).models[0].overall["spts"]
-    assert (line.score.value, line.failed, line.flop_share, line.ttft_s) == (0.0, 2, None, None)
+    assert (line.score.value, line.failed, line.costs.flop_share, line.costs.ttft_s) == (0.0, 2, None, None)
     assert "4 samples failed" in Page((tmp_path / "report.html").read_text()).text
 
 
@@ -283,10 +283,12 @@ def test_the_command_line(small, fresh, tmp_path, capsys):
 
 def test_pareto_front(small):
     (model,) = load(small).models
-    front = plots.pareto_front(list(model.overall.values()))
+    front = plots.pareto_front(list(model.overall.values()), plots.flop_share)
     assert front[0].score.value == max(line.score.value for line in model.overall.values())
     for line in model.overall.values():
-        best = [one.score.value for one in front if (one.flop_share or 0) <= (line.flop_share or 0)]
+        best = [
+            one.score.value for one in front if (one.costs.flop_share or 0) <= (line.costs.flop_share or 0)
+        ]
         assert max(best) >= line.score.value, "each line is on the front or beaten by one that is"
     values = [line.score.value for line in front]
     assert values == sorted(values, reverse=True)
@@ -318,5 +320,5 @@ def test_times_of_different_runs_are_not_compared(fresh):
         line["run"] = "r1" if line["cell"] in cells else line["run"]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (model,) = load(fresh).models
-    assert model.overall["random"].speedup is None
-    assert model.overall["spts"].speedup is not None
+    assert model.overall["random"].costs.speedup is None
+    assert model.overall["spts"].costs.speedup is not None
