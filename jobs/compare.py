@@ -50,7 +50,7 @@ class RunComparison:
         reasons: why they are not equal, in sentences; none = equal.
         changes: what else is recorded as different, whether it changed an answer or not.
         cells: (in both, only in the first, only in the second), names of cells with another content apart.
-        differing: samples of both with different answers, in the order of the plan.
+        differing: samples of both with different answers, those first whose score changed most.
     """
 
     first: Results
@@ -91,7 +91,8 @@ def compare(first: Results, second: Results) -> RunComparison:
         for results in (first, second)
     ]
     pairs = [(one, scored[1][key]) for key, one in scored[0].items() if key in scored[1]]
-    differing = tuple(pair for pair in pairs if not same_answer(pair[0].row, pair[1].row))
+    other = [pair for pair in pairs if not same_answer(pair[0].row, pair[1].row)]
+    differing = tuple(sorted(other, key=lambda pair: -abs(pair[0].score - pair[1].score)))
     changed = {name: _changed(cells[0][name], cells[1][name]) for name in cells[0] if name in cells[1]}
     return RunComparison(
         first=first,

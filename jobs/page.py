@@ -89,15 +89,20 @@ def _model_view(index: int, model: ModelSummary, num_models: int) -> dict[str, A
                     "Dashed: no method is both faster and better.",
                 ),
                 (
+                    "Score against KV cache kept",
+                    plots.score_by_cost(model, plots.kv_share, "KV cache, % of dense (measured)"),
+                    "Dashed: no method keeps less and scores better.",
+                ),
+                (
                     "Time to first token, measured and predicted",
                     plots.ttft_by_length(model),
                     "Dotted: dense's measured time × the method's share of dense FLOP.",
                 ),
                 ("Measured compute against prompt length", plots.flops_by_length(model), ""),
-                ("Score by task", plots.score_by_task(model), ""),
             )
             if svg is not None
         ],
+        "task_plot": plots.score_by_task(model),
         "task_plots": [
             (task, plots.score_by_length(model, task), _cell_of(model, task))
             for task in model.tasks

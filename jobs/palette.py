@@ -14,8 +14,9 @@ _STYLE = {
     "recency": ("#b0579c", "v"),
 }
 _SPARE_COLOURS = ("#009e73", "#b58900", "#56b4e9", "#7a5195", "#8c564b", "#e377c2", "#4c9f38", "#c0392b",
-                  "#17a2b8", "#a0a000", "#6b6ecf")  # fmt: skip
-_SPARE_MARKERS = ("s", "P", "X", "*", "h", "p", "<", ">", "d")  # not as many: pairs repeat after 99 methods
+                  "#17a2b8", "#a0a000", "#6b6ecf", "#e6842a", "#2f6f4f", "#ad494a", "#1f4e79",
+                  "#9467bd", "#637939", "#d6616b", "#5b5b9a")  # fmt: skip
+_SPARE_MARKERS = ("s", "P", "X", "*", "h", "p", "<", ">", "d")  # 19 and 9: pairs repeat after 171 methods
 MANY = 8  # more methods than this are numbered, and whiskers would hide one another
 
 

@@ -93,6 +93,11 @@ def flop_share(line: Line) -> float | None:
     return line.costs.flop_share
 
 
+def kv_share(line: Line) -> float | None:
+    """Share of the bytes in a dense KV cache, after the prefill."""
+    return line.costs.kv_share
+
+
 def ttft_share(line: Line) -> float | None:
     """Share of dense's time to first token, as measured on the same prompts."""
     return None if line.costs.speedup is None else 1 / line.costs.speedup
@@ -156,6 +161,8 @@ def ttft_by_length(model: ModelSummary) -> str | None:
     The prediction is dense's time measured at that length times the method's share of dense FLOP, so a solid
     line above its dotted one is time that no matrix product accounts for. None where no sample has a time.
     """
+    if len(model.lengths) < 2:
+        return None
     with matplotlib.rc_context(_RC):
         figure, axes = _figure()
         measured = {label: [line for line in _along(model, label, None) if line.costs.ttft_s]

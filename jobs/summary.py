@@ -202,16 +202,18 @@ def _families(
         if names == ("task",):
             members[key[0], families[key[1]]].append(indices)
     members = {key: tasks for key, tasks in members.items() if len(tasks) > 1}
-    scores = means_of_means([[measures.scores(one) for one in tasks] for tasks in members.values()])
-    rows = {
+    scores = [[measures.scores(one) for one in tasks] for tasks in members.values()]
+    differences = {
         key: [column for one in tasks if (column := measures.differences(one)) is not None]
         for key, tasks in members.items()
     }
-    paired = [key for key, columns in rows.items() if columns]
-    deltas = dict(zip(paired, means_of_means([rows[key] for key in paired]), strict=True))
+    paired = {key: columns for key, columns in differences.items() if columns}
+    found = iter(means_of_means([*scores, *paired.values()]))  # all at once: rows share their draws
+    means = [next(found) for _ in members]
+    deltas = {key: next(found) for key in paired}
     return {
-        key: Family(tasks=len(tasks), score=score, delta=deltas.get(key))
-        for (key, tasks), score in zip(members.items(), scores, strict=True)
+        key: Family(tasks=len(tasks), score=mean, delta=deltas.get(key))
+        for (key, tasks), mean in zip(members.items(), means, strict=True)
     }
 
 

@@ -136,16 +136,20 @@ def corrected(model: ModelSummary) -> str:
         stands = test.holm <= SIGNIFICANT
         (open_ones if not stands else below if delta.value < 0 else above).append(label)
     told = [
-        f"{', '.join(labels)} {'scores' if len(labels) == 1 else 'score'} {where} {model.baseline}"
+        f"{_listed(labels)} {'scores' if len(labels) == 1 else 'score'} {where} {model.baseline}"
         for labels, where in ((below, "below"), (above, "above"))
         if labels
     ]
     if open_ones:
-        told.append(f"no difference is shown for {', '.join(open_ones)}")
+        told.append(f"no difference is shown for {_listed(open_ones)}")
     return (
         f"{len(model.comparisons)} methods are compared with {model.baseline}. After Holm's correction for "
         f"that (5{_PER_CENT} for all together), {'; '.join(told)}."
     )
+
+
+def _listed(labels: list[str]) -> str:
+    return ", ".join(labels) if len(labels) <= _FEW_METHODS else f"{len(labels)} of them"
 
 
 def warnings(results: Results) -> list[str]:
