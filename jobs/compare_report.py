@@ -126,5 +126,8 @@ def _markdown(found: RunComparison) -> Iterator[str]:
     if found.differing:
         rows = [[one.cell.label, one.planned.sample, said(one.row), said(other.row)]
                 for one, other in found.differing[:MAX_SAMPLES]]  # fmt: skip
-        yield from (f"## Different answers: {len(rows)} of {len(found.differing)}, those first whose score changed most", "")
+        yield from (
+            f"## Different answers: {len(rows)} of {len(found.differing)}, those first whose score changed most",
+            "",
+        )
         yield from table(("method", "sample", "1", "2"), rows)

@@ -5,7 +5,9 @@
         rows/*.jsonl       raw answers, one JSON object a line, appended and synced as soon as each is done
         provenance.jsonl   one line per start of the sweep: command, code, versions, hardware
         README.md          this list, with every key and its unit
-        report.*           written by jobs.report from the three above
+        report.*           written by jobs.report from the three above: page, tables, CSV, Parquet
+        samples.parquet    written by jobs.report: every row with what was asked and its score
+        compare.*          written by jobs.report when it compares another run with this one
 
 A row is identified by its key, a hash of the cell (model, method, task, length, seed), the sample and its
 rendered prompt. So a resumed sweep runs exactly the keys of the plan that no row has yet.
@@ -23,6 +25,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from jobs import columns
 from spts.errors import ConfigError
 
 SCHEMA_VERSION = 2
@@ -312,4 +315,4 @@ def describe() -> str:
         parts += [f"## {title}", "", "| key | meaning |", "|---|---|"]
         parts += [f"| {f.name} | {f.metadata['doc']} |" for f in fields(cls)]
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, columns.describe()])

@@ -148,8 +148,10 @@ def corrected(model: ModelSummary) -> str:
     )
 
 
-def _listed(labels: list[str]) -> str:
-    return ", ".join(labels) if len(labels) <= _FEW_METHODS else f"{len(labels)} of them"
+def _listed(parts: list[str]) -> str:
+    """All of a few, the first of many."""
+    left_out = len(parts) - _FEW_METHODS
+    return ", ".join(parts[:_FEW_METHODS]) + (f" and {left_out} more" if left_out > 0 else "")
 
 
 def warnings(results: Results) -> list[str]:
@@ -185,23 +187,24 @@ def warnings(results: Results) -> list[str]:
 
 def _of_model(model: ModelSummary) -> Iterator[str]:
     lines = list(model.overall.values())
-    for line in lines:
-        if line.label != model.baseline and line.costs.lengths_differ and line.costs.answer_ratio is not None:
-            ratio = line.costs.answer_ratio
-            yield (
-                f"Answers of {line.label} are {abs(100 * (ratio - 1)):.0f}{_PER_CENT} "
-                f"{'shorter' if ratio < 1 else 'longer'} than those of {model.baseline} to the same samples: "
-                "compare whole times at equal tokens, not as they came."
-            )
-    if any(line.costs.reused for line in lines):
-        parts = [
-            f"{line.costs.reused} of {line.score.count} with {line.label}"
-            for line in lines
-            if line.costs.reused
-        ]
+    others = [
+        f"{line.label} {abs(100 * (line.costs.answer_ratio - 1)):.0f}{_PER_CENT} "
+        f"{'shorter' if line.costs.answer_ratio < 1 else 'longer'}"
+        for line in lines
+        if line.costs.lengths_differ and line.costs.answer_ratio is not None
+    ]
+    if others:
         yield (
-            f"Prompts that began with a text kept from a prompt before: {', '.join(parts)}. They have no "
-            "time to first token of their own and are left out of times and speed-ups."
+            f"Answers are not as long as those of {model.baseline} to the same samples: {_listed(others)}. "
+            "Compare whole times at equal tokens, not as they came."
+        )
+    reused = [
+        f"{line.costs.reused} of {line.score.count} with {line.label}" for line in lines if line.costs.reused
+    ]
+    if reused:
+        yield (
+            f"Prompts that began with a text kept from a prompt before: {_listed(reused)}. They have no time "
+            "to first token of their own and are left out of times and speed-ups."
         )
     few = min((line.score.clusters for line in lines if line.score.clusters < line.score.count), default=None)
     if few is not None and few < _FEW_CONTEXTS:

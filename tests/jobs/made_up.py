@@ -79,7 +79,9 @@ def write_results(
                     if task in NAMES:
                         mean = ACCURACY[method][index] * (0.3 + 0.03 * NAMES.index(task))
                         text = f"{min(1.0, max(0.0, rng.gauss(mean, 0.2))):.3f}"
-                    row = _row(planned, method, (answers or {}).get(name, text), (errors or {}).get(name), rng)
+                    row = _row(
+                        planned, method, (answers or {}).get(name, text), (errors or {}).get(name), rng
+                    )
                     change: dict[str, Any] = {}
                     if label in (answer_tokens or {}):
                         tokens = (answer_tokens or {})[label]

@@ -1,4 +1,4 @@
-"""A made-up family of as many tasks as a benchmark has, each with scores between 0 and 1: for tests of reports."""
+"""A made-up family of as many tasks as a benchmark has, with scores between 0 and 1: for tests of reports."""
 
 from __future__ import annotations
 

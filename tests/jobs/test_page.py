@@ -34,7 +34,7 @@ window.hacked = 0;
 document.getElementById("page").onload = () => {{
   const doc = document.getElementById("page").contentDocument, root = doc.documentElement;
   const found = {{closed: root.scrollWidth}};
-  const shown = (selector) => [...doc.querySelectorAll(selector)].filter((one) => one.checkVisibility()).length;
+  const shown = (all) => [...doc.querySelectorAll(all)].filter((one) => one.checkVisibility()).length;
   doc.querySelectorAll("details").forEach((one) => {{ one.open = true; }});
   found.open = root.scrollWidth;
   found.text = doc.body.innerText;

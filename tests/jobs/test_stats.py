@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jobs.stats import Column, estimates, holm, mean_interval, means_of_means, paired_difference, paired_p_value
+from jobs.stats import (
+    Column,
+    estimates,
+    holm,
+    mean_interval,
+    means_of_means,
+    paired_difference,
+    paired_p_value,
+)
 
 Z = 1.959963984540054
 
@@ -115,7 +123,9 @@ def test_nothing_to_average_is_refused():
         paired_difference([1, 0], [1])
 
 
-def clustered_scores(rng: np.random.Generator, contexts: int, questions: int) -> tuple[list[float], list[str]]:
+def clustered_scores(
+    rng: np.random.Generator, contexts: int, questions: int
+) -> tuple[list[float], list[str]]:
     """0/1 scores whose chance of being right is the context's own: 0.3 to 0.9, 0.6 on average."""
     chances = np.repeat(rng.uniform(0.3, 0.9, contexts), questions)
     names = [f"document {number}" for number in np.repeat(np.arange(contexts), questions)]
@@ -200,7 +210,9 @@ def test_other_differences_have_the_sign_flip_test():
 
 def test_the_sign_flip_test_flips_contexts():
     # Three contexts of ten equal differences: of the 8 sign patterns only the two equal ones are as extreme.
-    column = Column.of([0.2] * 10 + [0.3] * 10 + [0.1] * 10, ["a"] * 10 + ["b"] * 10 + ["c"] * 10, difference=True)
+    column = Column.of(
+        [0.2] * 10 + [0.3] * 10 + [0.1] * 10, ["a"] * 10 + ["b"] * 10 + ["c"] * 10, difference=True
+    )
     assert paired_p_value(column) == pytest.approx(0.25, abs=0.02)
 
 
@@ -209,7 +221,9 @@ def test_without_a_difference_five_in_a_hundred_tests_reject():
     rejected = 0
     for _ in range(200):
         effect = np.repeat(rng.normal(0, 0.2, 20), 5) + rng.normal(0, 0.05, 100)
-        rejected += paired_p_value(Column.of(effect, list(np.repeat(np.arange(20), 5)), difference=True)) < 0.05
+        rejected += (
+            paired_p_value(Column.of(effect, list(np.repeat(np.arange(20), 5)), difference=True)) < 0.05
+        )
     assert rejected / 200 < 0.1
 
 
