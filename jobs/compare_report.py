@@ -126,8 +126,6 @@ def _markdown(found: RunComparison) -> Iterator[str]:
     if found.differing:
         rows = [[one.cell.label, one.planned.sample, said(one.row), said(other.row)]
                 for one, other in found.differing[:MAX_SAMPLES]]  # fmt: skip
-        yield from (
-            f"## Different answers: {len(rows)} of {len(found.differing)}, those first whose score changed most",
-            "",
-        )
+        number = f"{len(rows)} of {len(found.differing)}"
+        yield from (f"## Different answers: {number}, those first whose score changed most", "")
         yield from table(("method", "sample", "1", "2"), rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,7 +20,7 @@ from jobs.tasks import get_task
 from spts.errors import ConfigError
 from tests.jobs.made_up import write_results
 
-SMALL = {"tasks": ("single", "multivalue"), "lengths": (1024, 4096), "count": 5}
+SMALL: dict[str, Any] = {"tasks": ("single", "multivalue"), "lengths": (1024, 4096), "count": 5}
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 EVIL = "<script>parent.hacked = 1</script><img src=x onerror='parent.hacked = 1'><b onclick=x>bold</b>"
 WIDTHS = {"laptop": 1366, "phone": 390}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium"),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
 
 # The page itself runs no script and forbids them: what looks into it is the page around it.
 HARNESS = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
@@ -80,7 +77,11 @@ def browse(page: Path, width: int, folder: Path, screenshot: Path | None = None,
 def pages(tmp_path_factory):
     """The report of a small sweep with a malicious answer and a failure, and its comparison with another."""
     folder = tmp_path_factory.mktemp("results")
-    what = {"tasks": ("single", "multivalue", "twohop"), "lengths": (1024, 2048, 8192), "count": 6}
+    what: dict[str, Any] = {
+        "tasks": ("single", "multivalue", "twohop"),
+        "lengths": (1024, 2048, 8192),
+        "count": 6,
+    }
     write_results(
         folder / "one",
         **what,

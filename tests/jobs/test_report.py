@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -343,7 +344,11 @@ def test_samples_that_share_a_context_are_resampled_together(tmp_path):
 def test_prompts_that_reused_something_have_no_time_of_their_own(tmp_path):
     write_results(tmp_path, tasks=("single",), lengths=(1024,), count=8, per_context=4, reuse=True)
     (model,) = load(tmp_path).models
-    own = [one.row.ttft_s for one in model.scored if one.cell.label == "spts" and not one.row.reused_tokens]
+    own = [
+        one.row.ttft_s or 0.0
+        for one in model.scored
+        if one.cell.label == "spts" and not one.row.reused_tokens
+    ]
     costs = model.overall["spts"].costs
     assert len(own) == 2 and costs.reused == 6
     assert costs.ttft_s == pytest.approx(sum(own) / 2)
@@ -361,7 +366,7 @@ def test_gains_from_shorter_answers_are_shown_as_such(tmp_path):
     (model,) = load(tmp_path).models
     costs = model.overall["spts"].costs
     # 0.01 s a token: dense takes its prefill + 1 s, spts its own + 0.1 s; at 101 tokens its own + 1 s.
-    pairs = {}
+    pairs: dict[str, dict[str, Any]] = {}
     for one in model.scored:
         pairs.setdefault(one.planned.sample, {})[one.cell.label] = one.row
     equal = sorted((p["dense"].ttft_s + 1.0) / (p["spts"].ttft_s + 1.0) for p in pairs.values())
@@ -384,8 +389,9 @@ def test_samples_that_follow_tokens_score_by_rank(tmp_path, monkeypatch):
     (model,) = load(tmp_path).models
     rows = [one for one in model.scored if one.cell.label == "random"]
     for one in rows:
+        assert one.row.agreement is not None
         assert one.score == sum(rank == 1 for rank in one.row.agreement["rank"]) / 8
-    ranks = [rank for one in rows for rank in one.row.agreement["rank"]]
+    ranks = [rank for one in rows for rank in (one.row.agreement or {})["rank"]]
     costs = model.overall["random"].costs
     assert costs.rank_mean == pytest.approx(sum(ranks) / 48)
     assert costs.kl_nats == pytest.approx(0.01 * sum(ranks) / 48)
@@ -516,5 +522,6 @@ def test_provenance_is_told(small):
 def test_predicted_time_is_dense_time_by_flop_share(small):
     (model,) = load(small).models
     line, dense = model.by_length["spts", 4096], model.by_length["dense", 4096]
+    assert dense.costs.ttft_s is not None
     assert plots.predicted_ttft(model, line) == pytest.approx(0.44 * dense.costs.ttft_s)
     assert plots.predicted_ttft(model, dense) == pytest.approx(dense.costs.ttft_s)
