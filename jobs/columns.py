@@ -99,7 +99,11 @@ SAMPLE_FIELDS = (
 
 def describe() -> str:
     """The columns as Markdown tables."""
-    parts = []
+    parts = [
+        "Written by jobs.report: report.html, report.md and the tables below; compare.html and compare.md "
+        "when another run is compared with this one.",
+        "",
+    ]
     for title, fields in (
         ("report.csv, report.parquet: a line per method over all samples, per length, per task, per cell",
          LINE_FIELDS),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jobs.summary import Results
+from jobs.wording import share
 
 Facts = list[tuple[str, str]]
 
@@ -143,13 +144,12 @@ def _end(start: Mapping[str, Any]) -> list[str]:
     """Wall time, utilisation and throughput of a start, as far as its end was recorded."""
     end = start.get("end") or {}
     wall = end.get("wall_s")
-    busy = end.get("busy_s") or {}
     if not isinstance(wall, int | float) or not wall:
         return ["killed" if not end and "run" in start else "–", "–", "–"]
-    shares = [f"{100 * seconds / wall:.0f}\N{NO-BREAK SPACE}%" for seconds in busy.values()]
+    shares = [share(engine.get("utilisation")) for engine in (end.get("engines") or {}).values()]
     rates = [
-        f"{end[key]:.3g} {unit}"
-        for key, unit in (("samples_per_s", "samples/s"), ("tokens_per_s", "tokens/s"))
+        f"{end[key]:,.{0 if end[key] >= 100 else 1}f} {unit}"
+        for key, unit in (("samples_per_s", "samples/s"), ("prompt_tokens_per_s", "prompt tokens/s"))
         if isinstance(end.get(key), int | float)
     ]
     return [f"{wall:.0f} s", ", ".join(shares) or "–", ", ".join(rates) or "–"]

@@ -5,9 +5,7 @@
         rows/*.jsonl       raw answers, one JSON object a line, appended and synced as soon as each is done
         provenance.jsonl   one line per start of the sweep: command, code, versions, hardware
         README.md          this list, with every key and its unit
-        report.*           written by jobs.report from the three above: page, tables, CSV, Parquet
-        samples.parquet    written by jobs.report: every row with what was asked and its score
-        compare.*          written by jobs.report when it compares another run with this one
+        report.*           written by jobs.report from the three above
 
 A row is identified by its key, a hash of the cell (model, method, task, length, seed), the sample and its
 rendered prompt. So a resumed sweep runs exactly the keys of the plan that no row has yet.

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs import provenance
-from jobs.record import CellRecord, Plan, PlannedSample, Row, RowWriter, content_hash, sample_key, write_plan
+from jobs.record import (
+    CellRecord,
+    Plan,
+    PlannedSample,
+    Row,
+    RowWriter,
+    content_hash,
+    read_plan,
+    sample_key,
+    write_plan,
+)
 from jobs.tasks import get_task
 from spts.schedule import Schedule
 from tests.jobs.many_tasks import NAMES
@@ -93,7 +105,7 @@ def write_results(
                     if task in follows:
                         ranks = [1 if rng.random() < ACCURACY[method][index] else 4 for _ in range(8)]
                         change["agreement"] = {"rank": ranks, "kl": [0.01 * rank for rank in ranks]}
-                    rows.append(row if row.error is not None else _changed(row, change))
+                    rows.append(row if row.error is not None else replace(row, **change))
     plan = Plan(name="demo", cells=tuple(cells), samples=tuple(samples))
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(folder, plan)
@@ -106,9 +118,32 @@ def write_results(
         commit="0" * 40,
     )
     engine = {"model_name": "demo_model", "device": "cpu", "dtype": dtype, "world_size": 1}
-    end = {"wall_s": 100.0, "busy_s": {"engine-0": 97.0}, "samples_per_s": 12.8, "tokens_per_s": 49_152.0}
+    end = {
+        "wall_s": 100.0,
+        "samples_per_s": 12.8,
+        "prompt_tokens_per_s": 49_152.0,
+        "engines": {"engine-0": {"busy_s": 97.0, "utilisation": 0.97}},
+    }
     provenance.append(folder, {**entry, "run": "r0", "engine": engine, "end": end})
     return plan
+
+
+def change_plan(
+    folder: Path,
+    *,
+    cell: Callable[[CellRecord], CellRecord] = lambda one: one,
+    sample: Callable[[PlannedSample], PlannedSample] = lambda one: one,
+) -> None:
+    """Writes a folder's plan anew, with its cells and samples as `cell` and `sample` make them."""
+    plan = read_plan(folder)
+    cells, samples = tuple(map(cell, plan.cells)), tuple(map(sample, plan.samples))
+    write_plan(folder, replace(plan, cells=cells, samples=samples))
+
+
+def next_version(cell: CellRecord) -> CellRecord:
+    """A cell of the same task, one version later."""
+    content = {**cell.content, "task_version": cell.content["task_version"] + 1}
+    return replace(cell, content=content)
 
 
 def _cell(label: str, method: str, task: str, length: int, dtype: str) -> CellRecord:
@@ -128,10 +163,6 @@ def _cell(label: str, method: str, task: str, length: int, dtype: str) -> CellRe
     return CellRecord(
         id=content_hash(content), label=label, model="demo_model", content=content, task_spec={"name": task}
     )
-
-
-def _changed(row: Row, change: dict[str, Any]) -> Row:
-    return Row(**{**row.__dict__, **change})
 
 
 def _row(planned: PlannedSample, method: str, text: str, error: str | None, rng: random.Random) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from jobs.stats import paired_difference
 from jobs.summary import load
 from jobs.tasks import get_task
 from spts.errors import ConfigError
-from tests.jobs.made_up import write_results
+from tests.jobs.made_up import change_plan, next_version, write_results
 
 SMALL: dict[str, Any] = {"tasks": ("single", "multivalue"), "lengths": (1024, 4096), "count": 5}
 
@@ -117,23 +118,18 @@ def test_what_is_recorded_differently_is_listed(before, tmp_path):
 
 
 def test_other_prompts_under_the_same_name_are_no_shared_samples(before, after):
-    plan = json.loads((after / "plan.json").read_text())
-    for sample in plan["samples"]:
-        sample["prompt_sha256"] = (
-            "0" * 64 if sample["sample"] == "single-1024-0-0" else sample["prompt_sha256"]
-        )
-    (after / "plan.json").write_text(json.dumps(plan))
+    change_plan(
+        after,
+        sample=lambda one: replace(one, prompt_sha256="0" * 64) if one.sample == "single-1024-0-0" else one,
+    )
     found = compare(load(before), load(after))
     assert found.reasons == ("4 samples of the same name have different prompts",)
     assert found.shared == 76
 
 
 def test_versions_of_a_task_do_not_mix(before, after, monkeypatch, capsys):
-    plan = (after / "plan.json").read_text()
     version = get_task("single").version
-    (after / "plan.json").write_text(
-        plan.replace(f'"task_version": {version}', f'"task_version": {version + 1}')
-    )
+    change_plan(after, cell=next_version)
     assert report.main([str(before), str(after)]) == 2
     error = capsys.readouterr().err
     assert f"must be {version} to be scored" in error

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -23,7 +24,7 @@ from jobs.stats import holm, mean_interval, paired_difference
 from jobs.summary import load
 from jobs.tasks import FAMILIES, get_task
 from spts.errors import ConfigError
-from tests.jobs.made_up import write_results
+from tests.jobs.made_up import change_plan, next_version, write_results
 from tests.jobs.many_tasks import FAMILY, NAMES
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -198,8 +199,7 @@ def test_markdown_tables_have_as_many_cells_as_their_heads(small):
 
 
 def test_labels_cannot_break_a_table(fresh):
-    plan = (fresh / "plan.json").read_text()
-    (fresh / "plan.json").write_text(plan.replace('"label": "recency"', '"label": "re|cen<i>cy"'))
+    change_plan(fresh, cell=lambda one: replace(one, label="re|cen<i>cy") if one.label == "recency" else one)
     write_report(fresh)
     assert "| re\\|cen&lt;i>cy |" in (fresh / "report.md").read_text()
     page = Page((fresh / "report.html").read_text())
@@ -253,11 +253,8 @@ def test_everything_failed(tmp_path):
 
 
 def test_another_version_of_a_task_is_refused(fresh):
-    plan = (fresh / "plan.json").read_text()
     version = get_task("single").version
-    changed = plan.replace(f'"task_version": {version}', f'"task_version": {version + 1}')
-    assert changed != plan
-    (fresh / "plan.json").write_text(changed)
+    change_plan(fresh, cell=next_version)
     with pytest.raises(
         ConfigError, match=f"must be {version} to be scored .*, got {version + 1} in the results"
     ):
@@ -317,8 +314,7 @@ def test_words_for_numbers():
 
 
 def test_times_of_different_runs_are_not_compared(fresh):
-    plan = json.loads((fresh / "plan.json").read_text())
-    cells = {cell["id"] for cell in plan["cells"] if cell["label"] == "random"}
+    cells = {cell.id for cell in read_plan(fresh).cells if cell.label == "random"}
     (rows,) = (fresh / "rows").glob("*.jsonl")
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     for line in lines:
