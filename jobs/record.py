@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from jobs import columns
 from jobs.lines import append, parsed, read_lines, repair_last_line, to_line, writing
 from spts.errors import ConfigError
 
@@ -369,4 +370,4 @@ def describe() -> str:
         parts += [f"## {title}", "", "| key | meaning |", "|---|---|"]
         parts += [f"| {f.name} | {f.metadata['doc']} |" for f in fields(cls)]
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, columns.describe()])

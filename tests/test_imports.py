@@ -70,7 +70,7 @@ RULES = [
     Rule(modules=("cluster.router",), never=("torch", "deepspeed", "spts.model", "cluster.shard")),
     Rule(modules=("cluster",), never=("jobs",)),
     Rule(
-        modules=("jobs.tasks", "jobs.record", "jobs.stats", "jobs.report"),
+        modules=("jobs.tasks", "jobs.record", "jobs.stats", "jobs.summary", "jobs.compare", "jobs.report"),
         never=("ray", "torch", "cluster", "deepspeed"),
     ),
     Rule(modules=PACKAGES, never=("tests",)),
