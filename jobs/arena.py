@@ -87,7 +87,9 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
     longest = max(args.lengths) + args.tokens_out
     proxies = None
     if args.shape is not None:
-        hf_model = random_model(_shape(args.shape), max_tokens=longest, dtype=args.dtype, device=args.device)
+        hf_model = random_model(
+            named_shape(args.shape), max_tokens=longest, dtype=args.dtype, device=args.device
+        )
         fingerprint, name = f"random-{args.shape}", f"{args.shape}, random weights"
     else:
         folder = loading.resolve(args.model or DEFAULT_MODEL)
@@ -209,7 +211,8 @@ def _machine() -> str:
     return f"{machine['cpu']}, {machine['cpu_cores']} cores; {software}"
 
 
-def _shape(name: str) -> ModelShape:
+def named_shape(name: str) -> ModelShape:
+    """The shape in SHAPES; ConfigError for another name."""
     if name not in SHAPES:
         raise ConfigError(
             f"shape must be one of {', '.join(SHAPES)}, got {name!r}; choose one", field="shape"

@@ -12,7 +12,8 @@ heads on this rank, d head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from spts.cache import LayerCache
 from spts.collective import Collective
 from spts.cost import LayerWork
-from spts.kernels import reference as ops
+from spts.kernels import dispatch as ops
 from spts.methods import Method
 from spts.probe import attention_scores
 from spts.proxy import LayerProxy, ffn_norms
@@ -41,12 +42,19 @@ class LayerTrace:
 
 @dataclass(kw_only=True)
 class Stream:
-    """The residual stream between layers: one row per candidate, with its position and its rotation."""
+    """The residual stream between layers: one row per candidate, with its position and its rotation.
+
+    has_nan: whether a choice met a score that is NaN; on the device, so that no layer waits for it.
+    """
 
     x_TD: Tensor
     positions_T: Tensor
     cos_Td: Tensor
     sin_Td: Tensor
+    has_nan: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.has_nan = torch.zeros((), dtype=torch.bool, device=self.x_TD.device)
 
     def cut(self, index_M: Tensor) -> None:
         """Drops every candidate but `index_M` for good."""
@@ -103,17 +111,17 @@ class DecoderLayer:
         positions_T = stream.positions_T
         signals = Signals(self, stream, probing=method.probes and (skips or cuts))
 
+        choose = partial(select, collective=self.collective, has_nan=stream.has_nan, recent=recent_tokens)
+
         attention_M = ffn_M = None
         if skips:
-            attention_M = select(
-                method.attention_scores(signals), num_active, self.collective, recent=recent_tokens
-            )
+            attention_M = choose(method.attention_scores(signals), num_active)
         self._attend(stream, signals, attention_M, cache)
         if skips:
-            ffn_M = select(method.ffn_scores(signals), num_active, self.collective, recent=recent_tokens)
+            ffn_M = choose(method.ffn_scores(signals), num_active)
         self._feed_forward(stream, signals, ffn_M)
         if cuts:
-            stream.cut(select(method.prune_scores(signals), num_kept, self.collective, recent=recent_tokens))
+            stream.cut(choose(method.prune_scores(signals), num_kept))
 
         work = LayerWork(
             candidates=num_candidates,
@@ -135,7 +143,7 @@ class DecoderLayer:
     def dense(self, stream: Stream, cache: LayerCache) -> Tensor:
         """Runs the layer on every row of `stream` (changed in place) and returns its FFN's input, [T, D]."""
         self._attend(stream, Signals(self, stream, probing=False), None, cache)
-        y_TD = self.block.post_attention_layernorm(stream.x_TD)
+        y_TD = _normed(self.block.post_attention_layernorm, stream.x_TD)
         stream.x_TD.add_(self.feed_forward(y_TD))
         return y_TD
 
@@ -145,7 +153,7 @@ class DecoderLayer:
         The linears run once for the batch; the attention of each request reads its own cache of this layer,
         the new token included.
         """
-        h_BD = self.block.input_layernorm(x_BD)
+        h_BD = _normed(self.block.input_layernorm, x_BD)
         q_BHd = self.queries(h_BD, cos_Bd, sin_Bd)
         k_BKd, v_BKd = self.keys(h_BD, cos_Bd, sin_Bd), self.values(h_BD)
         out_BHd = torch.empty_like(q_BHd)
@@ -153,7 +161,7 @@ class DecoderLayer:
             k_LKd, v_LKd = cache.append(k_BKd[row], v_BKd[row])
             out_BHd[row] = ops.single_query_attention(q_BHd[row], k_LKd, v_LKd, self.scale)
         x_BD.add_(self.block.self_attn.o_proj(out_BHd.flatten(1)))
-        return x_BD.add_(self.feed_forward(self.block.post_attention_layernorm(x_BD)))
+        return x_BD.add_(self.feed_forward(_normed(self.block.post_attention_layernorm, x_BD)))
 
     def queries(self, h_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
         """Queries after RoPE, [T, H, d], of normed rows `h_TD`."""
@@ -182,7 +190,7 @@ class DecoderLayer:
                 _take(signals.candidate_keys(), active_M),
             )
         else:
-            h_MD = self.block.input_layernorm(_take(stream.x_TD, active_M))
+            h_MD = _normed(self.block.input_layernorm, _take(stream.x_TD, active_M))
             k_MKd = self.keys(h_MD, cos_Md, sin_Md)
         k_MKd, v_MKd = cache.fill(k_MKd, self.values(h_MD), _take(stream.positions_T, active_M))
         out_MHd = ops.causal_attention(self.queries(h_MD, cos_Md, sin_Md), k_MKd, v_MKd, self.scale)
@@ -193,7 +201,7 @@ class DecoderLayer:
         if signals.scored_ffn:
             y_MD = _take(signals.ffn_input(), active_M)
         else:
-            y_MD = self.block.post_attention_layernorm(_take(stream.x_TD, active_M))
+            y_MD = _normed(self.block.post_attention_layernorm, _take(stream.x_TD, active_M))
         _add(stream.x_TD, active_M, self.feed_forward(y_MD))
 
 
@@ -261,7 +269,7 @@ class Signals:
         """Normed rows entering the attention, [T, D]."""
         if self._attention_input_TD is None:
             assert not self.attended, "the rows before attention are gone"
-            self._attention_input_TD = self._layer.block.input_layernorm(self._stream.x_TD)
+            self._attention_input_TD = _normed(self._layer.block.input_layernorm, self._stream.x_TD)
         return self._attention_input_TD
 
     def candidate_keys(self) -> Tensor:
@@ -275,8 +283,12 @@ class Signals:
         """Normed rows entering the FFN, [T, D]."""
         if self._ffn_input_TD is None:
             assert self.attended, "the rows entering the FFN come after attention"
-            self._ffn_input_TD = self._layer.block.post_attention_layernorm(self._stream.x_TD)
+            self._ffn_input_TD = _normed(self._layer.block.post_attention_layernorm, self._stream.x_TD)
         return self._ffn_input_TD
+
+
+def _normed(norm: Any, x_TD: Tensor) -> Tensor:
+    return ops.rms_norm(x_TD, norm.weight, norm.variance_epsilon)
 
 
 def _take(x_TD: Tensor, index_M: Tensor | None) -> Tensor:

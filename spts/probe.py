@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spts.collective import Collective
-from spts.kernels.reference import last_query_probe
+from spts.kernels import dispatch as ops
 
 
 def attention_scores(
@@ -20,4 +20,4 @@ def attention_scores(
     of this rank; `num_heads` is the model's own count over all ranks. One all-reduce of T floats; the scores
     add up to 1.
     """
-    return collective.all_reduce(last_query_probe(q_Hd, k_TKd, scale)).div_(num_heads)
+    return collective.all_reduce(ops.last_query_probe(q_Hd, k_TKd, scale)).div_(num_heads)
