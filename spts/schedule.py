@@ -323,5 +323,5 @@ PRESETS: Mapping[str, Preset] = {
     "openpangu-1b": _preset(
         26, 11, 32 * K, (13, 13 * K, 11 * K), (16, 10 * K, 8 * K), (19, 7 * K, 5 * K), (22, 4 * K, 2 * K)
     ),
-    "demo-12l": _preset(12, 4, 4 * K, (6, 1024, 640), (8, 512, 320), (10, 256, 160), recent_tokens=32),
+    "demo-12l": _preset(12, 4, 4 * K, (6, 2048, 640), (8, 512, 320), (10, 256, 160), recent_tokens=32),
 }

@@ -11,7 +11,16 @@ import time
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine
-from cluster.protocol import EngineError, EngineInfo, NewToken, Prefilled, Request, Step, StepOutput
+from cluster.protocol import (
+    Agreement,
+    EngineError,
+    EngineInfo,
+    NewToken,
+    Prefilled,
+    Request,
+    Step,
+    StepOutput,
+)
 from spts import cost
 from spts.sampling import TokenLogprobs
 
@@ -26,6 +35,7 @@ SHAPE = cost.ModelShape(
 )
 MAX_CONTEXT = 512
 EOS = 0
+PEAK_BYTES = 1000  # device memory of a request in flight
 
 
 def info(config: EngineConfig) -> EngineInfo:
@@ -54,6 +64,7 @@ class FakeShard:
         self._layers_left: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
         self._answers: dict[str, list[int]] = {}
+        self._prefixes: set[tuple[object, ...]] = set()
 
     def host(self) -> tuple[str, int]:
         return ("127.0.0.1", 0)
@@ -81,13 +92,28 @@ class FakeShard:
             if self._layers_left[request_id] == 0:
                 prefilled = self._prefilled(self._requests[request_id])
                 self._answers[request_id] = []
-                tokens.append(self._next(request_id))
+                follow = self._requests[request_id].follow
+                tokens += [self._followed(request_id, place) for place in range(len(follow))]
+                if not follow:
+                    tokens.append(self._next(request_id))
         for request_id, latest in step.decode:
             assert self._answers[request_id][-1] == latest, "the latest token comes back"
             tokens.append(self._next(request_id))
         if self._rank != 0:
             return None
-        return StepOutput(tokens=tuple(tokens), prefilled=prefilled)
+        return StepOutput(
+            tokens=tuple(tokens), prefilled=prefilled, peak_memory_bytes=PEAK_BYTES * len(self._requests)
+        )
+
+    def _followed(self, request_id: str, place: int) -> NewToken:
+        """The answer would be the prompt, over and over: rank 1 where that is what is followed, else 2."""
+        request = self._requests[request_id]
+        same = request.follow[place] == request.token_ids[place % len(request.token_ids)]
+        return NewToken(
+            request_id=request_id,
+            token_id=request.follow[place],
+            agreement=Agreement(kl=0.0 if same else 1.0, rank=1 if same else 2),
+        )
 
     def _next(self, request_id: str) -> NewToken:
         request, answer = self._requests[request_id], self._answers[request_id]
@@ -103,13 +129,12 @@ class FakeShard:
     def _prefilled(self, request: Request) -> Prefilled:
         num_tokens = len(request.token_ids)
         method = request.method
-        work = cost.planned_work(
-            method.schedule_for(SHAPE.num_layers),
-            num_tokens,
-            probe=method.probes,
-            proxy=method.needs_proxies,
-        )
+        work = method.planned_work(SHAPE.num_layers, num_tokens)
         proxy = cost.ProxyShape(channels=48, rank=16)
+        depth = method.schedule_for(SHAPE.num_layers).first_skip_layer
+        prefix = (request.token_ids[: request.prefix_tokens], depth)
+        reused_tokens = request.prefix_tokens if prefix in self._prefixes else 0
+        self._prefixes.add(prefix)
         return Prefilled(
             request_id=request.request_id,
             work=tuple(work),
@@ -118,6 +143,8 @@ class FakeShard:
             flops=cost.prefill_flops(SHAPE, work, proxy).total,
             dense_flops=cost.dense_flops(SHAPE, num_tokens).total,
             dense_kv_bytes=cost.dense_kv_bytes(SHAPE, num_tokens, 4),
+            reused_tokens=reused_tokens,
+            reused_flops=cost.reused_flops(SHAPE, reused_tokens, depth),
         )
 
 

@@ -219,6 +219,7 @@ DISTRIBUTION = {
     "yaml": "pyyaml",
     "starlette": "fastapi",
     "huggingface_hub": "huggingface-hub",
+    "lm_eval": "lm-eval",
     "pytest_asyncio": "pytest-asyncio",
 }
 NEVER_IMPORTED = {"ruff", "mypy", "types-pyyaml", "types-tqdm", "pytest-timeout"}  # tools

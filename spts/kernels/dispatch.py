@@ -51,5 +51,6 @@ add_rows_in_place = _by_device(reference.add_rows_in_place)
 gated_product = _by_device(reference.gated_product)
 causal_attention = _by_device(reference.causal_attention)
 
+last_queries_probe = reference.last_queries_probe
 gather_rows = reference.gather_rows
 single_query_attention = reference.single_query_attention

@@ -1,16 +1,20 @@
 """Every operation of a layer in plain torch: what a kernel must equal, and what runs where there is none.
 
-Legend: T candidates, M active, D width, H query heads on this rank, K key/value heads on this rank, d head
-size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a cache.
+Legend: T candidates, M active, Q probing queries, D width, H query heads on this rank, K key/value heads on
+this rank, d head size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+_QUERY_BLOCK = 1024
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -50,6 +54,23 @@ def last_query_probe(q_Hd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
     return logits_KGT.softmax(dim=-1).view(-1, num_tokens).sum(dim=0)
 
 
+def last_queries_probe(q_QHd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
+    """Attention of the last Q of T tokens on every key, summed over heads and queries: float32 [T].
+
+    As `last_query_probe` for each query, which sees the keys up to its own: query i the first T - Q + 1 + i.
+
+    Example: one head, d = 1, Q = 2 queries [1], [1] over keys [0, 0, ln 2], scale 1: the first sees two keys
+    (0.5, 0.5, 0), the second three (0.25, 0.25, 0.5); the sum is [0.75, 0.75, 0.5].
+    """
+    num_queries, (num_tokens, num_kv_heads, head_dim) = q_QHd.shape[0], k_TKd.shape
+    q_KQGd = q_QHd.view(num_queries, num_kv_heads, -1, head_dim).transpose(0, 1)
+    logits_KRT = torch.matmul(q_KQGd.flatten(1, 2), k_TKd.permute(1, 2, 0)).float().mul_(scale)
+    logits_KQGT = logits_KRT.view(num_kv_heads, num_queries, -1, num_tokens)
+    place_T = torch.arange(num_tokens, device=k_TKd.device)
+    later_Q1T = place_T > place_T[-num_queries:].view(-1, 1, 1)
+    return logits_KQGT.masked_fill_(later_Q1T, -torch.inf).softmax(dim=-1).sum(dim=(0, 1, 2))
+
+
 def low_rank_norm(
     y_TD: Tensor,
     first_D2r: Tensor,
@@ -66,7 +87,9 @@ def low_rank_norm(
     rank = gate_rC.shape[0]
     factors_T2r = y_TD @ first_D2r
     gated_TC = activation(factors_T2r[:, :rank] @ gate_rC).mul_(factors_T2r[:, rank:] @ up_rC)
-    return torch.linalg.vector_norm(gated_TC @ down_Cr, dim=-1, dtype=torch.float32)
+    out_Tr = gated_TC @ down_Cr
+    summed_in = torch.promote_types(out_Tr.dtype, torch.float32)  # never narrower than its input
+    return torch.linalg.vector_norm(out_Tr, dim=-1, dtype=summed_in).float()
 
 
 def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) -> Tensor:
@@ -105,30 +128,43 @@ def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor],
     return activation(gate_MF).mul_(up_MF)
 
 
-def causal_attention(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) -> Tensor:
-    """Causal attention of M ascending tokens over themselves, [M, H, d].
+def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last M of L ascending tokens over all L, [M, H, d]; mostly M = L.
 
     Query head h reads key head h // (H // K). Causal over the compacted rows is causal in the prompt, as the
-    rows ascend: of tokens [0, 3, 7], row 1 (token 3) sees rows 0 and 1 (tokens 0 and 3).
+    rows ascend: of tokens [0, 3, 7], row 1 (token 3) sees rows 0 and 1 (tokens 0 and 3). With fewer queries
+    than keys the last query belongs to the last key: M = 2, L = 5 gives query 0 the keys 0 … 3, query 1 all.
     """
+    num_queries, num_keys = q_MHd.shape[0], k_LKd.shape[0]
+    if num_queries == num_keys:
+        return _attention(q_MHd, k_LKd, v_LKd, scale, is_causal=True)
+    # In blocks: where no kernel knows this alignment, torch writes the mask out.
+    out_MHd = torch.empty_like(q_MHd)
+    for start in range(0, num_queries, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, num_queries)
+        seen = num_keys - num_queries + stop
+        out_MHd[start:stop] = _attention(
+            q_MHd[start:stop],
+            k_LKd[:seen],
+            v_LKd[:seen],
+            scale,
+            attn_mask=causal_lower_right(stop - start, seen),
+        )
+    return out_MHd
+
+
+def _attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, **masking: Any) -> Tensor:
     out_1HMd = F.scaled_dot_product_attention(
         q_MHd.transpose(0, 1).unsqueeze(0),
-        k_MKd.transpose(0, 1).unsqueeze(0),
-        v_MKd.transpose(0, 1).unsqueeze(0),
-        is_causal=True,
+        k_LKd.transpose(0, 1).unsqueeze(0),
+        v_LKd.transpose(0, 1).unsqueeze(0),
         scale=scale,
-        enable_gqa=q_MHd.shape[1] != k_MKd.shape[1],
+        enable_gqa=q_MHd.shape[1] != k_LKd.shape[1],
+        **masking,
     )
     return out_1HMd.squeeze(0).transpose(0, 1)
 
 
 def single_query_attention(q_Hd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
     """Attention of one query on everything cached, [H, d]; query head h reads key head h // (H // K)."""
-    out_1H1d = F.scaled_dot_product_attention(
-        q_Hd[None, :, None, :],
-        k_LKd.transpose(0, 1).unsqueeze(0),
-        v_LKd.transpose(0, 1).unsqueeze(0),
-        scale=scale,
-        enable_gqa=q_Hd.shape[0] != k_LKd.shape[1],
-    )
-    return out_1H1d[0, :, 0, :]
+    return _attention(q_Hd.unsqueeze(0), k_LKd, v_LKd, scale)[0]

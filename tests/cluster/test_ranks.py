@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,8 @@ from cluster.config import EngineConfig
 from cluster.engine import Engine, start_engine, stop_engine
 from cluster.group import RayGroup
 from cluster.protocol import EngineError, Request
-from cluster.shard import Shard, _Answer, _Running
+from cluster.shard import Shard
+from spts.agreement import compare
 from spts.methods import Dense, Random, Recency, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
@@ -29,6 +29,10 @@ from tests.cluster.tracing import TracingShard
 
 METHODS = [Dense(), Spts(schedule=SCHEDULE), Random(schedule=SCHEDULE, seed=3), Recency(schedule=SCHEDULE)]
 NAMES = [method.name for method in METHODS]
+ABLATIONS = [
+    Spts(schedule=SCHEDULE, probe_tokens=4, ffn_score="attention"),
+    Spts(schedule=SCHEDULE, probe_tokens=64, ffn_score="dense"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ async def test_one_rank_builds_no_process_group_and_nobody_compiles(ranks):
 
 
 @in_module_loop
-@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+@pytest.mark.parametrize("method", [*METHODS, *ABLATIONS], ids=[*NAMES, "spts-4-attention", "spts-64-dense"])
 @pytest.mark.parametrize("length", [1, 63, 100, 500])
 async def test_ranks_choose_the_same_tokens_at_every_layer_and_agree_in_logits(ranks, whole, method, length):
     token_ids = prompt(length, seed=length)
@@ -142,6 +146,63 @@ async def test_seeded_sampling_and_logprobs_are_those_of_the_library(ranks, whol
             [token for token, _ in want.top],
         )
         assert got.logprob == pytest.approx(want.logprob, abs=1e-4)
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+async def test_followed_tokens_are_compared_with_the_dense_model(ranks, whole, method):
+    token_ids, follow = prompt(110, seed=8), (5, 0, 17, 200, 9)
+    sent = [request(name, token_ids, method, 5, follow=follow) for name in ("miss", "hit")]
+    busy = asyncio.create_task(ranks.engine.run(request("busy", prompt(60, seed=3), METHODS[1], 40)))
+    miss, hit = [await ranks.engine.run(each) for each in sent]
+    assert (miss.token_ids, miss.finish_reason) == (follow, "length")
+    assert miss.agreement == hit.agreement
+    kl, rank = compare(whole.follow(token_ids, follow, Dense()), whole.follow(token_ids, follow, method))
+    assert [each.rank for each in miss.agreement] == rank.tolist()
+    assert [each.kl for each in miss.agreement] == pytest.approx(kl.tolist(), abs=1e-6)
+    if method.name == "dense":
+        assert all((each.kl, each.rank) == (0.0, 1) for each in miss.agreement)
+    else:
+        assert max(each.kl for each in miss.agreement) > 1e-3
+    assert list((await busy).token_ids) == whole.generate(prompt(60, seed=3), METHODS[1], 40).token_ids
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+async def test_requests_that_begin_alike_compute_their_beginning_once(ranks, whole, method):
+    shared = prompt(140, seed=11)
+    sent = [
+        request(f"r{i}", (*shared, *prompt(5 + 20 * i, seed=i)), method, 12, prefix_tokens=140)
+        for i in range(4)
+    ]
+    busy = asyncio.create_task(ranks.engine.run(request("busy", prompt(60, seed=3), METHODS[1], 60)))
+    first = await ranks.engine.run(sent[0])
+    rest = await asyncio.gather(*(ranks.engine.run(each) for each in sent[1:]))
+    depth = method.schedule_for(NUM_LAYERS).first_skip_layer
+    # Methods that share a schedule share prefixes: the first of them has paid already.
+    assert first.reused_tokens in ((0,) if method.name in ("dense", "spts") else (0, 140))
+    for each, result in zip(sent, [first, *rest], strict=True):
+        alone = whole.generate(each.token_ids, method, 12)
+        assert list(result.token_ids) == alone.token_ids
+        assert list(result.work) == alone.prefill.work
+        assert result.kv_bytes == spts.cost.kv_bytes(whole.shape, alone.prefill.work, 4)
+        assert result.reused_flops == spts.cost.reused_flops(whole.shape, result.reused_tokens, depth)
+    assert [result.reused_tokens for result in rest] == [140] * 3
+    assert list((await busy).token_ids) == whole.generate(prompt(60, seed=3), METHODS[1], 60).token_ids
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+async def test_ranks_choose_the_same_tokens_on_a_prefix_as_without(ranks, whole, method):
+    token_ids = prompt(200, seed=12)
+    expected = whole.prefill(token_ids, method, trace=True)
+    for answer in ranks.ask("trace", token_ids, method, 150):
+        assert answer["reused_tokens"] == 150
+        for got, want in zip(answer["layers"], expected.trace, strict=True):
+            assert got["candidates"] == want.candidates.tolist()
+            assert got["attention"] == want.attention_tokens.tolist()
+            assert got["ffn"] == want.ffn_tokens.tolist()
+        np.testing.assert_allclose(answer["logits"], expected.logits.numpy(), atol=2e-5, rtol=2e-5)
 
 
 @in_module_loop
@@ -234,37 +295,6 @@ def test_an_engine_that_is_killed_leaves_its_place_to_another(driver, tiny_model
 def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once(driver, tiny_model):
     with pytest.raises(spts.ConfigError, match="got 18 CPU for 2 ranks; use fewer"):
         start_engine(EngineConfig(model=str(tiny_model), tensor_parallel_size=2, num_threads=9))
-
-
-def test_logits_that_are_not_finite_end_their_own_request_only():
-    import torch
-
-    from spts.cache import RaggedCache
-
-    shard, answer = Shard(EngineConfig(model="none"), 0), _Answer()
-    cache = RaggedCache(num_layers=1, prompt_tokens=1, room_tokens=0)
-    for request_id, logits in (("bad", [1.0, float("nan")]), ("good", [1.0, 2.0])):
-        sent = request(request_id, (1,), Dense())
-        running = _Running(request=sent, cache=cache, generator=torch.Generator())
-        shard._choose(running, torch.tensor(logits), answer)
-    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
-    assert [(token.request_id, token.token_id) for token in answer.tokens] == [("good", 1)]
-
-
-def test_a_prefill_that_overflows_ends_its_own_request_only():
-    class Overflowing:
-        def advance(self, state, num_layers):
-            raise spts.ModelError("scores_T must be numbers, got NaN", field="scores_T")
-
-    shard: Any = Shard(EngineConfig(model="none"), 0)
-    answer = _Answer()
-    shard._model = Overflowing()
-    shard._prefills["bad"] = (request("bad", (1,), Dense()), None)
-    shard._advance("bad", 2, answer)
-    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
-    assert shard._prefills == {}
-    shard._advance("bad", 2, answer)
-    assert len(answer.refused) == 1
 
 
 class Refused:

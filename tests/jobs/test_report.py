@@ -171,7 +171,7 @@ def test_the_page_says_what_the_numbers_say(small):
     assert "1 sample failed and counted as a score of 0." in page.text
     assert "0" * 40 in page.text, "the commit"
     assert "python -m jobs.sweep" in page.text
-    assert "spts at 4096 tokens: dense before layer 4; 4-6: 1024 tokens, then keep 640; " in page.text
+    assert "spts at 4096 tokens: dense before layer 4; 4-6: 2048 tokens, then keep 640; " in page.text
     assert page.text.count("the last 32 in every choice") == 6, "three methods at two lengths"
 
 
