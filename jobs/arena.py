@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.provenance import hardware, versions
 from jobs.timing import Contestant
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import ConfigError
-from spts.methods import Method
+from spts.methods import Dense, Method
+
+if TYPE_CHECKING:
+    from spts.model import SptsModel
 
 DEFAULT_MODEL = "jobs/demo_model"
 
@@ -55,16 +58,17 @@ SHAPES: Mapping[str, ModelShape] = {
 class Arena:
     """Where methods run.
 
-    about: what a reader of the figures has to know, by title. enter: makes a method a contestant. rival:
-    another implementation of dense on the same weights, if there is one.
+    about: what a reader of the figures has to know, by title. enter: makes a method a contestant of a name.
+    rivals: other implementations of dense on the same weights. local: the model, where it is in this process.
     """
 
     shape: ModelShape
     max_context: int
     proxy: ProxyShape | None
     about: Mapping[str, str]
-    enter: Callable[[Method], Contestant]
-    rival: Contestant | None
+    enter: Callable[[str, Method], Contestant]
+    rivals: tuple[Contestant, ...] = ()
+    local: SptsModel | None = None
 
 
 @contextmanager
@@ -135,8 +139,12 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
             "proxies": f"{origin}, {size.channels} channels, rank {size.rank}",
             "attention": f"ours: torch scaled_dot_product_attention; transformers: {attention}",
         },
-        enter=lambda method: Own(model, method),
-        rival=Transformers(hf_model),
+        enter=lambda name, method: Own(model, method, name=name),
+        rivals=(
+            *(Own(model, Dense(), name=f"dense, {each}", backend=each) for each in args.backends),
+            Transformers(hf_model),
+        ),
+        local=model,
     )
 
 
@@ -150,8 +158,8 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
     from jobs.contestants import OnEngine
     from spts import loading
 
-    for field in ("shape", "channels", "rank", "attention"):
-        if getattr(args, field) is not None:
+    for field in ("shape", "channels", "rank", "attention", "backends", "parts"):
+        if getattr(args, field):
             raise ConfigError(
                 f"{field} must be left out without --local, got {getattr(args, field)}; add --local",
                 field=field,
@@ -186,8 +194,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
                     "engine": f"Ray {ray.__version__}, {info.world_size} rank(s)",
                     "attention": "torch scaled_dot_product_attention",
                 },
-                enter=lambda method: OnEngine(engine, method),
-                rival=None,
+                enter=lambda name, method: OnEngine(engine, method, name=name),
             )
         finally:
             stop_engine(engine)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spts.kernels.checks import HALF_AND_FLOAT, require
+from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def add_rows_in_place(x_TD: Tensor, index_M: Tensor, delta_MD: Tensor) -> Tensor
             f"index_M must choose at most the {num_rows} rows there are, got {num_chosen}; correct the call"
         )
     if num_chosen:
-        block = min(triton.next_power_of_2(width), 4096)
-        _add_rows[(num_chosen, triton.cdiv(width, block))](
+        block = min(power_of_two(width), 4096)
+        _add_rows[(num_chosen, -(-width // block))](
             x_TD, index_M, delta_MD, x_TD.stride(0), delta_MD.stride(0), width, block,
             num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip

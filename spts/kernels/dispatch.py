@@ -44,13 +44,13 @@ def _by_device(plain: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
 
 rms_norm = _by_device(reference.rms_norm)
 rotate_in_place = _by_device(reference.rotate_in_place)
-last_query_probe = _by_device(reference.last_query_probe)
-low_rank_norm = _by_device(reference.low_rank_norm)
 top_rows = _by_device(reference.top_rows)
 add_rows_in_place = _by_device(reference.add_rows_in_place)
 gated_product = _by_device(reference.gated_product)
 causal_attention = _by_device(reference.causal_attention)
+single_query_attention = _by_device(reference.single_query_attention)
 
+last_query_probe = reference.last_query_probe
 last_queries_probe = reference.last_queries_probe
+low_rank_norm = reference.low_rank_norm
 gather_rows = reference.gather_rows
-single_query_attention = reference.single_query_attention

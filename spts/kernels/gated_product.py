@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spts.kernels import reference
-from spts.kernels.checks import HALF_AND_FLOAT, is_silu, require, warn_reference
+from spts.kernels.checks import HALF_AND_FLOAT, is_silu, power_of_two, require, warn_reference
 
 
 @triton.jit
@@ -38,8 +38,8 @@ def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor],
         warn_reference("gated_product", f"the activation is {type(activation).__name__}, not SiLU")
         return reference.gated_product(gate_MF, up_MF, activation)
     if num_rows:
-        block = min(triton.next_power_of_2(inner), 2048)
-        _gated_product[(num_rows, triton.cdiv(inner, block))](
+        block = min(power_of_two(inner), 2048)
+        _gated_product[(num_rows, -(-inner // block))](
             gate_MF, up_MF, gate_MF.stride(0), up_MF.stride(0), inner, block, num_warps=4
         )
     return gate_MF

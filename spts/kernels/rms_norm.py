@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spts.kernels import reference
-from spts.kernels.checks import HALF_AND_FLOAT, require, warn_reference
+from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, warn_reference
 
 _WIDEST = 32768  # a row is held in the registers of one program
 
@@ -27,7 +27,10 @@ def _rms_norm(x, weight, out, row_stride, eps, D, BLOCK_D: tl.constexpr):
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As `reference.rms_norm`. Raises ValueError naming an argument of wrong shape, dtype, strides, device."""
+    """As `reference.rms_norm`; rows wider than 32,768 run the reference.
+
+    Raises ValueError naming an argument of wrong shape, dtype, strides, device.
+    """
     num_rows, width = x_TD.shape
     require("x_TD", x_TD, shape=(num_rows, width), like=x_TD, dtypes=HALF_AND_FLOAT, contiguous=False)
     require("weight_D", weight_D, shape=(width,), like=x_TD)
@@ -36,7 +39,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x_TD, weight_D, eps)
     out_TD = torch.empty((num_rows, width), dtype=x_TD.dtype, device=x_TD.device)
     if num_rows:
-        block = triton.next_power_of_2(width)
+        block = power_of_two(width)
         _rms_norm[(num_rows,)](
             x_TD, weight_D, out_TD, x_TD.stride(0), eps, width, block, num_warps=min(max(block // 512, 1), 16)
         )

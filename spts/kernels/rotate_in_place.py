@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spts.kernels.checks import HALF_AND_FLOAT, require
+from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rotate(
     x, cos, sin, num_rows, token_stride, head_stride, angle_stride, H, HALF,
     BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -43,8 +43,8 @@ def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     num_rows = num_tokens * num_heads
     if num_rows:
         block_rows = 32
-        _rotate[(triton.cdiv(num_rows, block_rows),)](
+        _rotate[(-(-num_rows // block_rows),)](
             x_THd, cos_Td, sin_Td, num_rows, x_THd.stride(0), x_THd.stride(1), head_dim, num_heads,
-            head_dim // 2, block_rows, triton.next_power_of_2(head_dim // 2), num_warps=4,
+            head_dim // 2, block_rows, power_of_two(head_dim // 2), num_warps=4,
         )  # fmt: skip
     return x_THd

@@ -1,7 +1,7 @@
 """The highest scores by index, ascending, without asking the host. Legend: T candidates, M kept.
 
-One program looks for the lowest score that is kept, bit by bit from the highest, and then writes the indices
-of what is above it and of as many of its equals, the first ones, as there is room for.
+One program finds the lowest score that is kept, eight bits at a time from the highest, by counting; then it
+writes the indices of what is above it and of as many of its equals, the first ones, as there is room for.
 """
 
 from __future__ import annotations
@@ -18,25 +18,13 @@ _BLOCK_T = 8192
 
 @triton.jit
 def _ordered(scores, index, inside):
-    """Scores as unsigned integers of the same order; both zeros are one, what is outside is lowest of all."""
-    score = tl.load(scores + index, mask=inside, other=-float("inf")) + 0.0
+    """Scores as unsigned integers of the same order; both zeros are one."""
+    score = tl.load(scores + index, mask=inside, other=0.0) + 0.0
     bits = score.to(tl.int32, bitcast=True)
-    flipped = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-    return tl.where(inside, flipped, 0)
+    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
 
 
-@triton.jit
-def _count_from(scores, lowest, num_ranked, BLOCK_T: tl.constexpr):
-    """How many of the first `num_ranked` scores are at least `lowest`."""
-    count_T = tl.zeros((BLOCK_T,), dtype=tl.int32)
-    for start in range(0, num_ranked, BLOCK_T):
-        index = start + tl.arange(0, BLOCK_T)
-        inside = index < num_ranked
-        count_T += ((_ordered(scores, index, inside) >= lowest) & inside).to(tl.int32)
-    return tl.sum(count_T, axis=0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_ranked", "num_wanted"])
 def _top_rows(scores, kept, has_nan, T, num_ranked, num_wanted, BLOCK_T: tl.constexpr):
     offset = tl.arange(0, BLOCK_T)
     nan_T = tl.zeros((BLOCK_T,), dtype=tl.int32)
@@ -46,28 +34,43 @@ def _top_rows(scores, kept, has_nan, T, num_ranked, num_wanted, BLOCK_T: tl.cons
     if tl.sum(nan_T, axis=0) > 0:
         tl.store(has_nan, 1)
 
+    # `room`: how many are still wanted of the scores that have the bits of `lowest` found so far.
     lowest = tl.full((), 0, tl.uint32)
-    for step in range(32):
-        trial = lowest | (tl.full((), 1, tl.uint32) << (31 - step))
-        lowest = tl.where(_count_from(scores, trial, num_ranked, BLOCK_T) >= num_wanted, trial, lowest)
-    # Nothing is above the highest key there is; one more than it would be none.
-    is_highest = lowest == tl.full((), 0xFFFFFFFF, tl.uint32)
-    above = tl.where(is_highest, 0, _count_from(scores, lowest + 1, num_ranked, BLOCK_T))
-    room = num_wanted - above
+    found = tl.full((), 0, tl.uint32)
+    room = num_wanted
+    each = tl.arange(0, 256)
+    for step in range(4):
+        shift = 24 - 8 * step
+        count_256 = tl.zeros((256,), dtype=tl.int32)
+        for start in range(0, num_ranked, BLOCK_T):
+            index = start + offset
+            inside = index < num_ranked
+            key_T = _ordered(scores, index, inside)
+            alike_T = inside & (((key_T ^ lowest) & found) == 0)
+            count_256 += tl.histogram(((key_T >> shift) & 255).to(tl.int32), 256, mask=alike_T)
+        at_least_256 = tl.cumsum(count_256, axis=0, reverse=True)
+        digit = tl.max(tl.where(at_least_256 >= room, each, 0), axis=0)
+        room -= tl.sum(tl.where(each > digit, count_256, 0), axis=0)
+        lowest |= digit.to(tl.uint32) << shift
+        found |= tl.full((), 255, tl.uint32) << shift
 
-    written = 0
-    equals = 0
+    above = 0
+    equal = 0
     for start in range(0, num_ranked, BLOCK_T):
         index = start + offset
         inside = index < num_ranked
         key_T = _ordered(scores, index, inside)
+        above_T = (key_T > lowest) & inside
         equal_T = (key_T == lowest) & inside
-        equal_so_far_T = equals + tl.cumsum(equal_T.to(tl.int32), axis=0)
-        keep_T = ((key_T > lowest) & inside) | (equal_T & (equal_so_far_T <= room))
-        place_T = written + tl.cumsum(keep_T.to(tl.int32), axis=0) - 1
-        tl.store(kept + place_T, index.to(tl.int64), mask=keep_T)
-        equals += tl.sum(equal_T.to(tl.int32), axis=0)
-        written += tl.sum(keep_T.to(tl.int32), axis=0)
+        # Two counts in one sum: a block has fewer than 2^16 of either.
+        both_T = above_T.to(tl.int32) + (equal_T.to(tl.int32) << 16)
+        so_far_T = tl.cumsum(both_T, axis=0)
+        equal_so_far_T = equal + (so_far_T >> 16)
+        place_T = above + (so_far_T & 0xFFFF) + tl.minimum(equal_so_far_T, room) - 1
+        tl.store(kept + place_T, index.to(tl.int64), mask=above_T | (equal_T & (equal_so_far_T <= room)))
+        total = tl.sum(both_T, axis=0)
+        above += total & 0xFFFF
+        equal += total >> 16
 
     for start in range(0, T - num_ranked, BLOCK_T):
         last = start + offset
@@ -75,8 +78,8 @@ def _top_rows(scores, kept, has_nan, T, num_ranked, num_wanted, BLOCK_T: tl.cons
 
 
 def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) -> Tensor:
-    """As `reference.top_rows`, for float32 scores. Raises ValueError naming an argument of wrong shape, dtype,
-    strides, device, or a number out of range.
+    """As `reference.top_rows`, for float32 scores. Raises ValueError naming an argument of wrong shape,
+    dtype, strides, device, or a number out of range.
     """
     num_candidates = scores_T.shape[0]
     require("scores_T", scores_T, shape=(num_candidates,), like=scores_T, dtypes=(torch.float32,))
@@ -87,9 +90,8 @@ def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) 
             f"got {num_recent}, {num_kept} and {num_candidates}; correct the call"
         )
     kept_M = torch.empty(num_kept, dtype=torch.int64, device=scores_T.device)
-    block = min(_BLOCK_T, triton.next_power_of_2(num_candidates))
     _top_rows[(1,)](
         scores_T, kept_M, has_nan.view(torch.uint8), num_candidates, num_candidates - num_recent,
-        num_kept - num_recent, block, num_warps=min(max(block // 256, 1), 32),
+        num_kept - num_recent, _BLOCK_T, num_warps=32,
     )  # fmt: skip
     return kept_M

@@ -21,8 +21,6 @@ from triton.compiler import ASTSource
 
 from spts.kernels.add_rows_in_place import _add_rows
 from spts.kernels.gated_product import _gated_product
-from spts.kernels.last_query_probe import _block_logits, _sum_weights
-from spts.kernels.low_rank_norm import _low_rank_norm
 from spts.kernels.rms_norm import _rms_norm
 from spts.kernels.rotate_in_place import _rotate
 from spts.kernels.top_rows import _top_rows
@@ -36,17 +34,6 @@ LAUNCHES: list[tuple[Any, list[Any], dict[str, int]]] = [
     (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
     (_gated_product, [HALF, HALF, "i32", "i32", "i32", 2048], {"num_warps": 4}),
     (_add_rows, [HALF, INDEX, HALF, "i32", "i32", "i32", 4096], {"num_warps": 8}),
-    (
-        _block_logits,
-        [HALF, HALF, FLOAT, FLOAT, FLOAT, "fp32", "i32", "i32", "i32", "i32", "i32", 4, 128, 128],
-        {"num_warps": 8},
-    ),
-    (_sum_weights, [FLOAT, FLOAT, FLOAT, FLOAT, "i32", "i32", "i32", 128, 1024], {"num_warps": 4}),
-    (
-        _low_rank_norm,
-        [HALF, HALF, HALF, HALF, FLOAT, "i32", "i32", "i32", "tf32", 64, 256, 32],
-        {"num_warps": 4, "num_stages": 2},
-    ),
     (_top_rows, [FLOAT, INDEX, BYTE, "i32", "i32", "i32", 8192], {"num_warps": 32}),
 ]
 
