@@ -23,8 +23,9 @@ from spts.methods import Method
 from spts.model import SptsModel
 from spts.proxy import VERSION, LayerProxy, Manifest, Proxies
 
-# What summing in another order may change in a logit, as a share of the largest one.
-TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1}
+# What summing in another order may change in a logit, as a share of the largest one. Two attention backends
+# of torch differ by up to 0.08 after 32 random layers in bfloat16; a wrong result differs by about 1.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1.5e-1}
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -220,10 +220,10 @@ def timed(operation: Callable[..., Any], arguments: tuple[Any, ...], repeats: in
 def copy_bandwidth(device: str) -> float:
     """Bytes per second, read and written, of a copy that fills the device."""
     gpu = torch.device(device).type == "cuda"
-    source = torch.randint(0, 256, ((1 << 32) if gpu else (1 << 20),), dtype=torch.uint8, device=device)
+    source = torch.randn((1 << 31) if gpu else (1 << 20), device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     # Not copy_: captured in a graph it is left to a copy engine, which is slower than a kernel.
-    return 2 * source.numel() / timed(lambda x: torch.bitwise_not(x, out=target), (source,), 10)
+    return 2 * source.nbytes / timed(lambda x: torch.neg(x, out=target), (source,), 10)
 
 
 def _agree(case: Case, who: str, operation: Callable[..., Any], plain: Callable[..., Any]) -> None:

@@ -13,9 +13,11 @@ from spts.kernels.checks import HALF_AND_FLOAT, is_silu, power_of_two, require, 
 
 
 @triton.jit
-def _gated_product(gate, up, gate_stride, up_stride, F, BLOCK_F: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+def _gated_product(gate, up, gate_stride, up_stride, F, num_blocks, BLOCK_F: tl.constexpr):
+    # Neighbours in a row are neighbours in time: the other order moves fewer bytes per second.
+    program = tl.program_id(0)
+    row = (program // num_blocks).to(tl.int64)
+    column = (program % num_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = column < F
     gate_F = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up_F = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -39,7 +41,8 @@ def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor],
         return reference.gated_product(gate_MF, up_MF, activation)
     if num_rows:
         block = min(power_of_two(inner), 2048)
-        _gated_product[(num_rows, -(-inner // block))](
-            gate_MF, up_MF, gate_MF.stride(0), up_MF.stride(0), inner, block, num_warps=4
-        )
+        num_blocks = -(-inner // block)
+        _gated_product[(num_rows * num_blocks,)](
+            gate_MF, up_MF, gate_MF.stride(0), up_MF.stride(0), inner, num_blocks, block, num_warps=8
+        )  # fmt: skip
     return gate_MF

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spts.kernels import reference
 from spts.kernels.checks import require
 
 _BLOCK_T = 8192
+_MOST = 32768  # One program reads them all five times: with more, torch's sort is faster.
 
 
 @triton.jit
@@ -78,8 +80,9 @@ def _top_rows(scores, kept, has_nan, T, num_ranked, num_wanted, BLOCK_T: tl.cons
 
 
 def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) -> Tensor:
-    """As `reference.top_rows`, for float32 scores. Raises ValueError naming an argument of wrong shape,
-    dtype, strides, device, or a number out of range.
+    """As `reference.top_rows`, for float32 scores; more than 32,768 candidates are sorted there.
+
+    Raises ValueError naming an argument of wrong shape, dtype, strides, device, or a number out of range.
     """
     num_candidates = scores_T.shape[0]
     require("scores_T", scores_T, shape=(num_candidates,), like=scores_T, dtypes=(torch.float32,))
@@ -89,9 +92,11 @@ def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) 
             "num_recent, num_kept and the candidates must ascend from 1 and stay below 2^31, "
             f"got {num_recent}, {num_kept} and {num_candidates}; correct the call"
         )
+    if num_candidates > _MOST:
+        return reference.top_rows(scores_T, num_kept, num_recent, has_nan)
     kept_M = torch.empty(num_kept, dtype=torch.int64, device=scores_T.device)
     _top_rows[(1,)](
         scores_T, kept_M, has_nan.view(torch.uint8), num_candidates, num_candidates - num_recent,
-        num_kept - num_recent, _BLOCK_T, num_warps=32,
+        num_kept - num_recent, _BLOCK_T, num_warps=16,
     )  # fmt: skip
     return kept_M

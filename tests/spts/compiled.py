@@ -32,9 +32,9 @@ HALF, FLOAT, INDEX, BYTE = "*bf16", "*fp32", "*i64", "*u8"
 LAUNCHES: list[tuple[Any, list[Any], dict[str, int]]] = [
     (_rms_norm, [HALF, HALF, HALF, "i32", "fp32", "i32", 4096], {"num_warps": 8}),
     (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
-    (_gated_product, [HALF, HALF, "i32", "i32", "i32", 2048], {"num_warps": 4}),
+    (_gated_product, [HALF, HALF, "i32", "i32", "i32", "i32", 2048], {"num_warps": 8}),
     (_add_rows, [HALF, INDEX, HALF, "i32", "i32", "i32", 4096], {"num_warps": 8}),
-    (_top_rows, [FLOAT, INDEX, BYTE, "i32", "i32", "i32", 8192], {"num_warps": 32}),
+    (_top_rows, [FLOAT, INDEX, BYTE, "i32", "i32", "i32", 8192], {"num_warps": 16}),
 ]
 
 

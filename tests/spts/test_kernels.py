@@ -166,6 +166,19 @@ def test_top_rows_over_several_blocks(monkeypatch):
         assert torch.equal(kept_M, reference.top_rows(scores_T, num_kept, num_recent, flag()))
 
 
+def test_top_rows_of_more_than_one_program_is_fast_for(monkeypatch):
+    scores_T, expected = torch.randn(70, device=DEVICE), []
+
+    def sort(*args: Any) -> Tensor:
+        expected.append(scores_T)
+        return scores_T
+
+    monkeypatch.setattr("spts.kernels.top_rows._MOST", 69)
+    monkeypatch.setattr(reference, "top_rows", sort)
+    assert dispatch.kernel("top_rows")(scores_T, 7, 2, flag()) is scores_T
+    assert len(expected) == 1
+
+
 @pytest.mark.parametrize("where", [0, 31, 62])
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
 def test_top_rows_notices_nan_and_never_forgets_it(where, nan):
