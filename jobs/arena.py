@@ -18,6 +18,8 @@ from spts.errors import ConfigError
 from spts.methods import Dense, Method
 
 if TYPE_CHECKING:
+    import torch
+
     from spts.model import SptsModel
 
 DEFAULT_MODEL = "jobs/demo_model"
@@ -128,14 +130,13 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         size = proxies.shape
         origin = "fitted"
     model = SptsModel(hf_model, fingerprint=fingerprint, proxies=proxies)
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     yield Arena(
         shape=model.shape,
         max_context=model.max_context,
         proxy=size,
         about={
             **_about(name, model.shape, args),
-            "hardware": gpu + _machine(),
+            "hardware": machine(device),
             "proxies": f"{origin}, {size.channels} channels, rank {size.rank}",
             "attention": f"ours: torch scaled_dot_product_attention; transformers: {attention}",
         },
@@ -190,7 +191,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
                 proxy=_fitted_size(Path(resolve_path(args.proxies)) if args.proxies else folder / "proxies"),
                 about={
                     **_about(str(model), info.shape, args),
-                    "hardware": _machine(),
+                    "hardware": machine(),
                     "engine": f"Ray {ray.__version__}, {info.world_size} rank(s)",
                     "attention": "torch scaled_dot_product_attention",
                 },
@@ -209,13 +210,20 @@ def _about(model: str, shape: ModelShape, args: argparse.Namespace) -> dict[str,
         f"{shape.intermediate_size}, {shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}",
         "setting": f"{args.dtype} on {args.device}, {args.threads} CPU thread(s), batch 1, {args.tokens_out} "
         f"tokens out, {args.repeats} repeats in turns after one to warm up, random tokens",
+        "schedule": f"{args.schedule}, {'as published' if args.published else 'scaled to each length'}",
     }
 
 
-def _machine() -> str:
-    machine: Mapping[str, Any] = hardware()
+def machine(device: torch.device | None = None) -> str:
+    """What the figures were measured on: the GPU, if `device` is one, processor, cores, versions."""
+    found: Mapping[str, Any] = hardware()
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"{machine['cpu']}, {machine['cpu_cores']} cores; {software}"
+    text = f"{found['cpu']}, {found['cpu_cores']} cores; {software}"
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return f"{torch.cuda.get_device_name(device)}, {text}"
+    return text
 
 
 def named_shape(name: str) -> ModelShape:

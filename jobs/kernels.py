@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.arena import named_shape
-from jobs.provenance import hardware, versions
+from jobs.arena import machine, named_shape
+from jobs.provenance import versions
 from spts.cost import ModelShape
 from spts.errors import ConfigError, SptsError, require_int
 from spts.kernels import dispatch, reference
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    about = {"shape": chosen.shape, "device": _device_name(chosen.device), "hardware": hardware()}
+    about = {"shape": chosen.shape, "hardware": machine(torch.device(chosen.device))}
     print(
         json.dumps(
             {
@@ -249,10 +249,6 @@ def _line(row: Row) -> str:
         f"{row.kernel_bytes_per_s / 1e12:5.2f} TB/s"
         f"  {row.share_of_copy:4.0%} of copy{others}"
     )
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 if __name__ == "__main__":
