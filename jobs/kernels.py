@@ -194,19 +194,18 @@ def timed(operation: Callable[..., Any], arguments: tuple[Any, ...], repeats: in
     """Median seconds of one call: on a GPU of calls captured in a graph, so that launching costs nothing."""
     for _ in range(3):
         operation(*arguments)
+    spans = []
     if not any(isinstance(each, Tensor) and each.is_cuda for each in arguments):
-        spans = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            begin = time.perf_counter()
             operation(*arguments)
-            spans.append(time.perf_counter() - start)
+            spans.append(time.perf_counter() - begin)
         return median(spans)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(_CALLS):
             operation(*arguments)
-    spans = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
