@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.lines import append, read_lines, repair_last_line, to_line, writing
 from jobs.pool import Measured, Pool, Prompt
-from jobs.record import read_lines, repair_last_line, to_line
 from jobs.schedule_space import CostModel, Space
 from spts.schedule import Schedule
 
@@ -88,7 +88,7 @@ class TrialLog:
         point: Mapping[str, float] | None = None,
     ) -> None:
         """Appends what `schedule` gave on the prompts of set `name`. point: where in the space it lies, if
-        the search proposed it."""
+        the search proposed it. Raises DiskError."""
         line = {
             "search": self._search,
             "set": name,
@@ -99,8 +99,8 @@ class TrialLog:
             "kl_nats": measured.kl,
             "finished_unix_s": round(time.time(), 3),
         }
-        with self._path.open("ab", buffering=0) as file:
-            file.write(to_line(line))
+        with writing(self._path), self._path.open("ab", buffering=0) as file:
+            append(file, to_line(line))
         self._add(name, schedule, measured, point)
 
     def _add(

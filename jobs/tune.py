@@ -27,6 +27,7 @@ from pathlib import Path
 from cluster.config import EngineConfig
 from cluster.protocol import EngineError
 from jobs.findings import Contest, front_table, preset_file
+from jobs.lines import DiskError
 from jobs.options import describe_schedule
 from jobs.pool import Measured, Pool
 from jobs.progress import clock_time
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SptsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (EngineError, EnginesLostError) as error:
+    except (EngineError, EnginesLostError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -12,10 +12,10 @@ from pathlib import Path
 from cluster.config import EngineConfig, parse, resolve_path
 from jobs.options import writable_folder
 from jobs.pool import Prompt
+from jobs.prompts import Prompts
 from jobs.spec import is_uploaded_copy
 from jobs.tasks import Task, make_tasks
 from jobs.tasks.agreement import FOLLOW_TOKENS
-from jobs.work import Prompts
 from spts import loading
 from spts.architectures import max_context
 from spts.cost import ModelShape, ProxyShape, prefix_bytes
@@ -210,7 +210,7 @@ def _draw(args: argparse.Namespace, model: Model, prompts: Prompts, task: Task) 
         Prompt(
             id=sample.id,
             task=task.name,
-            token_ids=tuple(prompts.encode(sample.prompt)),
+            token_ids=prompts.encode(sample),
             follow=sample.follow,
             max_new_tokens=len(sample.follow) or min(task.max_new_tokens, FOLLOW_TOKENS),
         )

@@ -78,9 +78,9 @@ RULES = [
 
 # module -> what must not be in sys.modules after a fresh process imported it
 FRESH = {
-    "spts": ("torch", "transformers", "ray", "numpy"),
+    "spts": ("torch", "triton", "transformers", "ray", "numpy"),
     **dict.fromkeys(PURE, ("torch", "transformers", "ray", "numpy")),
-    "spts.model": ("ray", "deepspeed", "pydantic"),
+    "spts.model": ("ray", "deepspeed", "pydantic", "spts.kernels.rms_norm"),
     "cluster.protocol": ("torch", "ray", "pydantic"),
     "cluster.placement": ("torch", "ray"),
     "cluster.scheduler": ("torch", "ray"),

@@ -10,7 +10,6 @@ import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from tests.jobs.swept import SweptEngine
 
 from cluster.config import EngineConfig
 from cluster.protocol import EngineError
@@ -26,6 +25,7 @@ from spts.methods import Dense, Method, Spts
 from tests import fakes
 from tests.cluster.tiny import CHAT_TEMPLATE, SCHEDULE
 from tests.jobs.lm_eval_folder import TaskFolder
+from tests.jobs.swept import SweptEngine
 
 DENSE = Dense()
 DEMO = Path(__file__).resolve().parents[2] / "jobs" / "demo_model"

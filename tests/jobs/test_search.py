@@ -64,7 +64,7 @@ class FakeEngine:
         self.busy = 0
         self._quality, self._script, self._recovers = quality, list(script), recovers
 
-    async def run(self, request: Request) -> Result:
+    async def run(self, request: Request, until: Callable[[int], bool] | None = None) -> Result:
         self.requests.append(request)
         self.busy += 1
         assert self.busy == 1, "one prompt at a time"

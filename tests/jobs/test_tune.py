@@ -16,9 +16,10 @@ import spts
 from cluster.config import EngineConfig
 from cluster.local import local_ray
 from cluster.protocol import Agreement, EngineError
+from jobs.lines import read_lines
 from jobs.options import read_schedule
 from jobs.pool import Prompt
-from jobs.record import locked, read_lines
+from jobs.record import locked
 from jobs.schedule_space import CostModel
 from jobs.spec import MethodSpec
 from jobs.tune import main
@@ -174,7 +175,7 @@ def test_luck_in_the_search_is_found_out(cluster, tiny_model, text, tmp_path, ca
     searched: set[tuple[int, ...]] = set()
     run_request = FakeEngine.run
 
-    async def lucky(engine, request):
+    async def lucky(engine, request, until=None):
         result = await run_request(engine, request)
         if len(searched) < 2:
             searched.add(request.token_ids)
@@ -315,14 +316,14 @@ def test_a_search_on_real_engines(tiny_model, text, tmp_path):
     assert len(trials) == summary["num_trials"] == 12
     assert all(1.6 <= line["speedup"] < 1.63 for line in trials)
     # What an engine measured is what the library says of the same prompt.
+    from jobs.prompts import Prompts
     from jobs.tasks import get_task
-    from jobs.work import Prompts
     from spts.agreement import compare
 
     task = get_task({"name": "agreement", "texts": [str(text)]})
     sample = next(task.samples(Prompts(tiny_model).tokens, length=400, count=1, seed=0))
     model, method = spts.load(tiny_model), Spts(schedule=spts.Schedule.from_dict(summary["schedule"]))
-    prompt = list(Prompts(tiny_model).encode(sample.prompt))
+    prompt = list(Prompts(tiny_model).encode(sample))
     dense, skipping = (model.follow(prompt, sample.follow, each) for each in (spts.methods.Dense(), method))
     kl, rank = compare(dense, skipping)
     (best,) = (line for line in trials if line["schedule"] == summary["schedule"])
