@@ -168,7 +168,13 @@ def _plan_model(sweep: Sweep, source: str, contents: dict[str, Meta]) -> list[Mo
 
 def _by_proxies(sweep: Sweep) -> dict[str | None, list[tuple[int, MethodSpec]]]:
     """The methods by the proxies that their engines load; those that need none go with the first others."""
-    needing = [spec for spec in sweep.methods if spec.needs_proxies]
+    needing = []
+    for index, spec in enumerate(sweep.methods):
+        try:
+            if spec.needs_proxies:
+                needing.append(spec)
+        except ConfigError as error:
+            raise ConfigError(f"methods.{index}: {error}", field=f"methods.{index}") from None
     first = (needing[0].proxies if needing else None) or sweep.proxies
     groups: dict[str | None, list[tuple[int, MethodSpec]]] = {}
     for index, spec in enumerate(sweep.methods):

@@ -373,7 +373,7 @@ def test_a_methods_own_fields_reach_it(config, write_config, monkeypatch):
         def to_dict(self):
             return {**super().to_dict(), "probe_tokens": self.probe_tokens}
 
-    for module in (jobs.spec, jobs.cells, methods):
+    for module in (jobs.spec, methods):
         monkeypatch.setattr(module, "METHODS", {**METHODS, "picky": Picky})
     schedule = config["methods"][1]["schedule"]
     config["methods"] = [
