@@ -30,13 +30,13 @@ demo: $(INSTALLED) ## dense, spts, random and recency on the bundled model, as a
 		$(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 # The proxies of jobs/configs/ablation.yaml, over the texts of the model's own: build/proxies/cCHANNELS-rRANK.
-ABLATED := $(addprefix build/proxies/,c64-r24 c64-r24-mean c16-r8 c16-r24 c64-r8 c64-r48 c256-r24 c256-r96)
+ABLATED := $(patsubst %,build/proxies/%/proxies.json,c64-r24 c64-r24-mean c16-r8 c16-r16 c64-r8 c64-r48 c256-r24 c256-r96)
 TEXTS = $(shell "$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
-build/proxies/%: $(INSTALLED)
+build/proxies/%/proxies.json: $(INSTALLED)
 	"$(BIN)/python" -m jobs.calibrate --model jobs/demo_model --schedule demo-12l --first-layer 2 \
 		--texts $(addprefix $(TEXTS)/,argparse.py typing.py pydoc_data/topics.py subprocess.py inspect.py tarfile.py) \
 		$(patsubst c%,--channels %,$(word 1,$(subst -, ,$*))) $(patsubst r%,--rank %,$(word 2,$(subst -, ,$*))) \
-		$(if $(findstring mean,$*),--top-share 1) --tokens 2048 --windows 2 --live-tokens 8 --out $@
+		$(if $(findstring mean,$*),--top-share 1) --tokens 2048 --windows 2 --live-tokens 8 --out $(@D)
 
 ablation: $(ABLATED) ## The paper's ablations on the bundled model, half an hour on two cores; docs/ablation.md has its report
 	"$(BIN)/python" -m cluster.local -- "$(BIN)/python" -m jobs.sweep --config jobs/configs/ablation.yaml \
