@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cluster.protocol import EngineError, EngineInfo, ErrorKind, Request
 from spts.errors import RequestError, SptsError
-from spts.request import check_tokens
+from spts.request import check_tokens, check_vocabulary
+from spts.sampling import Sampling
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
@@ -25,12 +26,42 @@ def check_request(request: Request, info: EngineInfo) -> None:
             f"max_new_tokens must be at least 1, got {request.max_new_tokens}; ask for a token",
             "max_new_tokens",
         )
+    if not 0 <= request.prefix_tokens < len(request.token_ids):
+        raise EngineError(
+            "invalid_request",
+            f"prefix_tokens must be at least 0 and below the prompt's {len(request.token_ids)} tokens, "
+            f"got {request.prefix_tokens}; leave at least the last token to this request",
+            "prefix_tokens",
+        )
+    if request.follow:
+        _check_follow(request, info.vocab_size)
     if request.method.needs_proxies and not info.has_proxies:
         raise EngineError(
             "invalid_request",
             f"method must not need proxies on a model without them, got {request.method.name!r}; "
             "fit them with python -m jobs.calibrate, or use dense",
             "method",
+        )
+
+
+def _check_follow(request: Request, vocab_size: int) -> None:
+    if len(request.follow) != request.max_new_tokens:
+        raise EngineError(
+            "invalid_request",
+            f"max_new_tokens must equal the number of tokens to follow, {len(request.follow)}, "
+            f"got {request.max_new_tokens}; set it to that",
+            "max_new_tokens",
+        )
+    try:
+        check_vocabulary("follow", request.follow, vocab_size)
+    except SptsError as error:
+        raise as_engine_error(error) from None
+    if request.sampling != Sampling(logprobs=request.sampling.logprobs):
+        raise EngineError(
+            "invalid_request",
+            f"sampling must be the default but for logprobs when tokens are followed, "
+            f"got {request.sampling}; nothing is drawn",
+            "sampling",
         )
 
 

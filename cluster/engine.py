@@ -231,6 +231,9 @@ class Engine:
                 self._fail(request_id, error)
         if output.prefilled is not None and self._in_step(output.prefilled.request_id):
             self._flights[output.prefilled.request_id].prefilled = output.prefilled
+        if output.peak_memory_bytes is not None:
+            for flight in self._stepping.values():
+                flight.note_peak(output.peak_memory_bytes)
         now = time.perf_counter()
         for token in output.tokens:
             if self._in_step(token.request_id):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from cluster.protocol import Chunk, EngineError, FinishReason, NewToken, Prefilled, Request, Result
+from cluster.protocol import Agreement, Chunk, EngineError, FinishReason, NewToken, Prefilled, Request, Result
 from spts.sampling import TokenLogprobs
 
 
@@ -24,6 +24,12 @@ class Flight:
     prefilled: Prefilled | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    agreement: list[Agreement] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+    def note_peak(self, peak_memory_bytes: int) -> None:
+        """Take the peak of a step that this request was part of."""
+        self.peak_memory_bytes = max(peak_memory_bytes, self.peak_memory_bytes or 0)
 
     def accept(self, token: NewToken, eos_token_ids: Collection[int], now: float) -> Chunk:
         """Take the next token, hand it to the stream and return the chunk; the last one has the result.
@@ -35,6 +41,8 @@ class Flight:
         self.token_ids.append(token.token_id)
         if token.logprobs is not None:
             self.logprobs.append(token.logprobs)
+        if token.agreement is not None:
+            self.agreement.append(token.agreement)
         reason = self._finish_reason(eos_token_ids)
         chunk = Chunk(
             request_id=self.request.request_id,
@@ -49,6 +57,8 @@ class Flight:
 
     def _finish_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
         latest = self.token_ids[-1]
+        if self.request.follow:
+            return "length" if len(self.token_ids) == len(self.request.follow) else None
         if latest in eos_token_ids or latest in self.request.sampling.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) == self.request.max_new_tokens else None
@@ -72,4 +82,8 @@ class Flight:
             dense_flops=prefilled.dense_flops,
             dense_kv_bytes=prefilled.dense_kv_bytes,
             logprobs=tuple(self.logprobs) if request.sampling.logprobs is not None else None,
+            reused_tokens=prefilled.reused_tokens,
+            reused_flops=prefilled.reused_flops,
+            peak_memory_bytes=self.peak_memory_bytes,
+            agreement=tuple(self.agreement) if request.follow else None,
         )

@@ -52,7 +52,8 @@ class Request:
     prefix_tokens: the first so many tokens are a text that other requests begin with too. What does not
     depend on the tokens after them (every layer before the method's first_skip_layer) is kept for those.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
-    (see Agreement); as many as max_new_tokens, or none.
+    (see Agreement); as many as max_new_tokens, or none. They all come with the first: their times say nothing
+    about decoding. End tokens among them end nothing, and sampling has no say but for logprobs.
     """
 
     request_id: str
@@ -86,7 +87,8 @@ class Result:
     dense prefill of the same prompt. logprobs: one entry per token when they were asked for, else None.
     reused_tokens: tokens of the prompt whose shallow layers were kept from an earlier request.
     reused_flops: the part of flops that was therefore not done again. peak_memory_bytes: most device memory
-    in use on rank 0 from the request's start to its end; None on a CPU. agreement: one per followed token.
+    in use on rank 0 from the request's start to its end, the dense run to compare with aside; None on a CPU.
+    agreement: one per followed token.
     """
 
     request_id: str
@@ -182,9 +184,14 @@ class NewToken:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """Rank 0's answer to a `Step`. refused: requests that the model would not start or cannot go on with, and
-    why; the others are not touched."""
+    """Rank 0's answer to a `Step`.
+
+    tokens: one of each request that decoded or ended its prefill; all at once of one that follows. refused:
+    requests that the model would not start or cannot go on with, and why; the others are not touched.
+    peak_memory_bytes: most device memory in use on rank 0 during the step; None on a CPU.
+    """
 
     tokens: tuple[NewToken, ...] = ()
+    peak_memory_bytes: int | None = None
     prefilled: Prefilled | None = None
     refused: tuple[tuple[str, EngineError], ...] = ()

@@ -10,33 +10,22 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from cluster import placement
-from cluster.admission import as_engine_error
 from cluster.config import EngineConfig, resolve_path
-from cluster.protocol import (
-    EngineError,
-    EngineInfo,
-    NewToken,
-    Prefilled,
-    Request,
-    Step,
-    StepOutput,
-)
+from cluster.protocol import EngineInfo, Step, StepOutput
 from spts import cost
-from spts.errors import ConfigError, SptsError
+from spts.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from spts.cache import RaggedCache
-    from spts.model import PrefillState, SptsModel
+    from cluster.stepper import Stepper
+    from spts.model import SptsModel
 
 _LOOPBACK = "127.0.0.1"
 
@@ -63,15 +52,6 @@ class TorchCollective:
         return tensor
 
 
-@dataclass(kw_only=True)
-class _Running:
-    """A request after its prefill. generator: rank 0's alone draws."""
-
-    request: Request
-    cache: RaggedCache
-    generator: torch.Generator
-
-
 class Shard:
     """Rank `rank` of `config.tensor_parallel_size`. Call `host` on rank 0, `load` on every rank, then
     `step`."""
@@ -82,8 +62,7 @@ class Shard:
         self._world_size = config.tensor_parallel_size
         self._store: Any = None
         self._model: SptsModel | None = None
-        self._prefills: dict[str, tuple[Request, PrefillState]] = {}
-        self._running: dict[str, _Running] = {}
+        self._stepper: Stepper | None = None
 
     @ray.method(concurrency_group="watch")
     def watch(self) -> None:
@@ -103,6 +82,7 @@ class Shard:
     def load(self, address: tuple[str, int]) -> EngineInfo:
         """Load this rank's part of the model. Raises SptsError, the same on every rank, before any weight is
         read."""
+        from cluster.stepper import Stepper
         from spts import loading
         from spts.architectures import max_context
         from spts.model import SptsModel
@@ -125,21 +105,13 @@ class Shard:
             proxies=proxies,
             collective=None if self._world_size == 1 else TorchCollective(self._rank, self._world_size),
         )
+        self._stepper = Stepper(self._model, config, self._rank)
         return self._info(folder.name)
 
     def step(self, step: Step) -> StepOutput | None:
         """Do one step; the answer on rank 0, None on the others, which do not choose tokens."""
-        for request_id in step.release:
-            self._prefills.pop(request_id, None)
-            self._running.pop(request_id, None)
-        answer = _Answer()
-        if step.start is not None:
-            self._start(step.start, answer)
-        if step.advance is not None:
-            self._advance(*step.advance, answer)
-        if step.decode:
-            self._decode(step.decode, answer)
-        return answer.output() if self._rank == 0 else None
+        assert self._stepper is not None, "load comes before everything else"
+        return self._stepper.step(step)
 
     # -- loading ---------------------------------------------------------------------------------------------
 
@@ -220,89 +192,3 @@ class Shard:
     def _loaded(self) -> SptsModel:
         assert self._model is not None, "load comes before everything else"
         return self._model
-
-    # -- one step --------------------------------------------------------------------------------------------
-
-    def _start(self, request: Request, answer: _Answer) -> None:
-        try:
-            state = self._loaded.start_prefill(
-                request.token_ids, request.method, max_new_tokens=request.max_new_tokens
-            )
-        except (
-            SptsError
-        ) as error:  # the same on every rank: it depends on the request and the configuration alone
-            answer.refused.append((request.request_id, as_engine_error(error)))
-        else:
-            self._prefills[request.request_id] = (request, state)
-
-    def _advance(self, request_id: str, num_layers: int, answer: _Answer) -> None:
-        from spts.sampling import make_generator
-
-        if request_id not in self._prefills:  # refused a moment ago
-            return
-        request, state = self._prefills[request_id]
-        try:
-            done = self._loaded.advance(state, num_layers)
-        except SptsError as error:  # scores that are no numbers, found on every rank at once: see spts.select
-            del self._prefills[request_id]
-            answer.refused.append((request_id, EngineError("internal", str(error))))
-            return
-        if not done:
-            return
-        assert state.result is not None
-        del self._prefills[request_id]
-        running = _Running(request=request, cache=state.cache, generator=make_generator(request.sampling))
-        self._running[request_id] = running
-        if self._rank == 0:
-            answer.prefilled = self._prefilled(request, state)
-            self._choose(running, state.result.logits, answer)
-
-    def _decode(self, latest: tuple[tuple[str, int], ...], answer: _Answer) -> None:
-        import torch
-
-        requests = [self._running[request_id] for request_id, _ in latest]
-        logits_BV = self._loaded.decode_step(
-            torch.tensor([token_id for _, token_id in latest]), [running.cache for running in requests]
-        )
-        if self._rank == 0:
-            for running, logits_V in zip(requests, logits_BV, strict=True):
-                self._choose(running, logits_V, answer)
-
-    def _choose(self, running: _Running, logits_V: Tensor, answer: _Answer) -> None:
-        from spts.sampling import sample, token_logprobs
-
-        request = running.request
-        num_top = request.sampling.logprobs
-        try:
-            token_id = sample(logits_V, request.sampling, running.generator)
-        except SptsError as error:  # logits that are not finite end this request, not the others
-            answer.refused.append((request.request_id, EngineError("internal", str(error))))
-            return
-        logprobs = None if num_top is None else token_logprobs(logits_V, token_id, num_top)
-        answer.tokens.append(NewToken(request_id=request.request_id, token_id=token_id, logprobs=logprobs))
-
-    def _prefilled(self, request: Request, state: PrefillState) -> Prefilled:
-        model = self._loaded
-        num_tokens = len(request.token_ids)
-        proxy = None if model.proxies is None else model.proxies.shape
-        return Prefilled(
-            request_id=request.request_id,
-            work=tuple(state.work),
-            kv_tokens=state.cache.kv_tokens,
-            kv_bytes=state.cache.num_bytes * self._world_size,
-            flops=cost.prefill_flops(model.shape, state.work, proxy).total,
-            dense_flops=cost.dense_flops(model.shape, num_tokens).total,
-            dense_kv_bytes=cost.dense_kv_bytes(model.shape, num_tokens, model.dtype.itemsize),
-        )
-
-
-class _Answer:
-    """What rank 0 collects during a step."""
-
-    def __init__(self) -> None:
-        self.tokens: list[NewToken] = []
-        self.prefilled: Prefilled | None = None
-        self.refused: list[tuple[str, EngineError]] = []
-
-    def output(self) -> StepOutput:
-        return StepOutput(tokens=tuple(self.tokens), prefilled=self.prefilled, refused=tuple(self.refused))

@@ -1,7 +1,7 @@
 """The ragged key/value cache: every layer holds the tokens it computed and no other.
 
-Legend: C capacity, P prompt tokens kept by a layer, L tokens in a layer now, K key/value heads on this rank,
-d head size.
+Legend: C capacity, P prompt tokens kept by a layer, M tokens stored at once, L tokens in a layer now, K
+key/value heads on this rank, d head size.
 """
 
 from __future__ import annotations
@@ -40,22 +40,31 @@ class LayerCache:
         self.prompt_positions_P = positions_P
         return self.rows()
 
-    def append(self, k_Kd: Tensor, v_Kd: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one new token and returns everything stored, keys and values [L, K, d].
+    def append(self, k_MKd: Tensor, v_MKd: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores M tokens that come after the prompt and returns everything stored, keys and values
+        [L, K, d].
 
-        Raises ValueError when the room asked for at prefill is used up.
+        Raises ValueError when they do not fit into the room asked for at prefill.
         """
         assert self._keys_CKd is not None, "prefill comes before decode"
         assert self._values_CKd is not None
-        if self.num_tokens == self._keys_CKd.shape[0]:
+        num_tokens = self.num_tokens + k_MKd.shape[0]
+        if num_tokens > self._keys_CKd.shape[0]:
             raise ValueError(
-                f"max_new_tokens must cover every decoded token, got {self.room_tokens} and all are used; "
-                "ask for more room at prefill"
+                f"max_new_tokens must cover every decoded token, got {self.room_tokens} and "
+                f"{num_tokens - self.num_prompt_tokens} tokens; ask for more room at prefill"
             )
-        self._keys_CKd[self.num_tokens] = k_Kd
-        self._values_CKd[self.num_tokens] = v_Kd
-        self.num_tokens += 1
+        self._keys_CKd[self.num_tokens : num_tokens] = k_MKd
+        self._values_CKd[self.num_tokens : num_tokens] = v_MKd
+        self.num_tokens = num_tokens
         return self.rows()
+
+    def store(self, k_MKd: Tensor, v_MKd: Tensor, positions_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the prompt's rows, or, when they are there, rows that come after it. Returns everything
+        stored."""
+        if self._keys_CKd is None:
+            return self.fill(k_MKd, v_MKd, positions_M)
+        return self.append(k_MKd, v_MKd)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Keys and values stored so far, [L, K, d] each, as views."""

@@ -133,7 +133,10 @@ class DecoderLayer:
         )
 
     def dense(self, stream: Stream, cache: LayerCache) -> Tensor:
-        """Runs the layer on every row of `stream` (changed in place) and returns its FFN's input, [T, D]."""
+        """Runs the layer on every row of `stream` (changed in place) and returns its FFN's input, [T, D].
+
+        The rows are a whole prompt, or what comes after the tokens that `cache` holds.
+        """
         self._attend(stream, Signals(self, stream, probing=False), None, cache)
         y_TD = self.block.post_attention_layernorm(stream.x_TD)
         stream.x_TD.add_(self.feed_forward(y_TD))
@@ -150,7 +153,7 @@ class DecoderLayer:
         k_BKd, v_BKd = self.keys(h_BD, cos_Bd, sin_Bd), self.values(h_BD)
         out_BHd = torch.empty_like(q_BHd)
         for row, cache in enumerate(caches):
-            k_LKd, v_LKd = cache.append(k_BKd[row], v_BKd[row])
+            k_LKd, v_LKd = cache.append(k_BKd[row : row + 1], v_BKd[row : row + 1])
             out_BHd[row] = ops.single_query_attention(q_BHd[row], k_LKd, v_LKd, self.scale)
         x_BD.add_(self.block.self_attn.o_proj(out_BHd.flatten(1)))
         return x_BD.add_(self.feed_forward(self.block.post_attention_layernorm(x_BD)))
@@ -184,8 +187,8 @@ class DecoderLayer:
         else:
             h_MD = self.block.input_layernorm(_take(stream.x_TD, active_M))
             k_MKd = self.keys(h_MD, cos_Md, sin_Md)
-        k_MKd, v_MKd = cache.fill(k_MKd, self.values(h_MD), _take(stream.positions_T, active_M))
-        out_MHd = ops.causal_attention(self.queries(h_MD, cos_Md, sin_Md), k_MKd, v_MKd, self.scale)
+        k_LKd, v_LKd = cache.store(k_MKd, self.values(h_MD), _take(stream.positions_T, active_M))
+        out_MHd = ops.causal_attention(self.queries(h_MD, cos_Md, sin_Md), k_LKd, v_LKd, self.scale)
         _add(stream.x_TD, active_M, self.block.self_attn.o_proj(out_MHd.flatten(1)))
         signals.attended = True
 

@@ -1,6 +1,6 @@
 """A Hugging Face model walked under a schedule: prefill (resumable between layers), decode, generate.
 
-Legend: N prompt tokens, B requests, D width, d head size, V vocabulary.
+Legend: N prompt tokens, B requests, M tokens appended to one request, D width, d head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spts.errors import ModelError, ProxyError, RequestError
 from spts.layer import DecoderLayer, LayerTrace, Stream
 from spts.methods import Method
 from spts.proxy import Proxies
-from spts.request import check_tokens
+from spts.request import check_tokens, check_vocabulary
 from spts.sampling import Sampling, TokenLogprobs
 from spts.schedule import Schedule
 
@@ -204,6 +204,41 @@ class SptsModel:
             cache.next_position += 1
         return self.logits(x_BD)
 
+    @torch.inference_mode()
+    def extend(self, token_ids: Sequence[int], cache: RaggedCache) -> Tensor:
+        """Appends given tokens to one request, all at once; the logits after each, float32 [M, V].
+
+        The same as M decode steps but for rounding. Raises ValueError when the cache has no room for them.
+        """
+        stream = self._embed(token_ids, first_position=cache.next_position)
+        for layer in self.layers:
+            layer.dense(stream, cache.layers[layer.index])
+        cache.next_position += len(token_ids)
+        return self.logits(stream.x_TD)
+
+    def follow(self, token_ids: Sequence[int], continuation: Sequence[int], method: Method) -> Tensor:
+        """What the model predicts at each token of a given continuation, float32 [M, V].
+
+        Row 0 are the logits after the prompt, prefilled under `method`; row m those after the continuation's
+        tokens 0 … m - 1 have been taken too. Its last token is never read. Raises as `prefill` does.
+        """
+        if len(continuation) == 0:
+            raise RequestError(
+                "continuation must hold at least one token, got 0; give tokens to follow",
+                code="empty_prompt",
+                field="continuation",
+            )
+        check_vocabulary("continuation", continuation, self.vocab_size)
+        prefill = self.prefill(token_ids, method, max_new_tokens=len(continuation))
+        return self.follow_on(prefill, continuation)
+
+    def follow_on(self, prefill: Prefill, continuation: Sequence[int]) -> Tensor:
+        """`follow` from a prefill with room for the continuation; uses up its cache."""
+        first_1V = prefill.logits.unsqueeze(0)
+        if len(continuation) == 1:
+            return first_1V
+        return torch.cat((first_1V, self.extend(continuation[:-1], prefill.cache)))
+
     def generate(
         self, token_ids: Sequence[int], method: Method, max_new_tokens: int, sampling: Sampling | None = None
     ) -> Generation:
@@ -271,9 +306,9 @@ class SptsModel:
             max_context=self.max_context,
         )
 
-    def _embed(self, token_ids: Sequence[int]) -> Stream:
+    def _embed(self, token_ids: Sequence[int], *, first_position: int = 0) -> Stream:
         ids_N = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
-        positions_N = torch.arange(ids_N.shape[0], device=self.device)
+        positions_N = first_position + torch.arange(ids_N.shape[0], device=self.device)
         x_ND = self._body.embed_tokens(ids_N)
         cos_Nd, sin_Nd = self._rotation(x_ND, positions_N)
         return Stream(x_TD=x_ND, positions_T=positions_N, cos_Td=cos_Nd, sin_Td=sin_Nd)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 
 from spts.errors import RequestError
@@ -19,14 +21,7 @@ def check_tokens(token_ids: Sequence[int], *, max_new_tokens: int, vocab_size: i
             code="empty_prompt",
             field="token_ids",
         )
-    for index, token_id in enumerate(token_ids):
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"token_ids must be integers in 0..{vocab_size - 1}, got {token_id!r} at index {index}; "
-                "use this model's own tokenizer, and plain integers (.tolist())",
-                code="token_out_of_vocabulary",
-                field="token_ids",
-            )
+    check_vocabulary("token_ids", token_ids, vocab_size)
     if max_new_tokens < 0:
         raise RequestError(
             f"max_new_tokens must be at least 0, got {max_new_tokens}; ask for a number of tokens",
@@ -40,3 +35,20 @@ def check_tokens(token_ids: Sequence[int], *, max_new_tokens: int, vocab_size: i
             code="context_length_exceeded",
             field="max_new_tokens",
         )
+
+
+def check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises RequestError, code token_out_of_vocabulary, at the first that is no id of the vocabulary."""
+    for index, token_id in enumerate(token_ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{field} must be integers in 0..{vocab_size - 1}, got {token_id!r} at index {index}; "
+                "use this model's own tokenizer, and plain integers (.tolist())",
+                code="token_out_of_vocabulary",
+                field=field,
+            )
+
+
+def digest(token_ids: Sequence[int]) -> str:
+    """sha256 of token ids, in hexadecimal: a short name for a long text."""
+    return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spts.agreement import compare
 from spts.cache import LayerCache
 from spts.errors import RequestError
 from spts.layer import DecoderLayer, Signals, Stream
@@ -222,8 +223,8 @@ def measure(
         live = spread(len(prompt) // 2, len(prompt), live_tokens)
         frozen = run_frozen(model, prompt, live)
         pairs = [compare(frozen.dense_LV, logits_LV) for logits_LV in frozen.frozen_LV]
-        agree.append(torch.stack([pair[0] for pair in pairs]))
-        kl.append(torch.stack([pair[1] for pair in pairs]))
+        kl.append(torch.stack([kl_L for kl_L, _ in pairs]))
+        agree.append(torch.stack([rank_L == 1 for _, rank_L in pairs]).double())
         dense = run_dense(model, prompt)
         ran = model.prefill(prompt, method, trace=True)
         assert ran.trace is not None
@@ -234,8 +235,8 @@ def measure(
             ]
         )
         correlation.append(dense.proxy_correlation)
-        same_1, kl_1 = compare(dense.logits_V[None], ran.logits[None])
-        method_agree.append(float(same_1))
+        kl_1, rank_1 = compare(dense.logits_V[None], ran.logits[None])
+        method_agree.append(float(rank_1 == 1))
         method_kl.append(float(kl_1))
         if progress is not None:
             progress()
@@ -264,14 +265,6 @@ def spread(start: int, stop: int, count: int) -> list[int]:
     """At most `count` of start … stop - 1, evenly apart, the last always: spread(4, 10, 3) is [5, 7, 9]."""
     count = min(count, stop - start)
     return [stop - 1 - (stop - start) * i // count for i in reversed(range(count))]
-
-
-def compare(dense_LV: Tensor, other_LV: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row, float32 [L]: 1 where both have the same most likely token; KL(dense || other) in nats."""
-    same_L = (dense_LV.argmax(dim=-1) == other_LV.argmax(dim=-1)).float()
-    dense_LV, other_LV = dense_LV.log_softmax(dim=-1), other_LV.log_softmax(dim=-1)
-    kl_L = F.kl_div(other_LV, dense_LV, reduction="none", log_target=True).sum(dim=-1)
-    return same_L, kl_L.clamp_min(0.0)
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -11,7 +11,16 @@ import time
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine
-from cluster.protocol import EngineError, EngineInfo, NewToken, Prefilled, Request, Step, StepOutput
+from cluster.protocol import (
+    Agreement,
+    EngineError,
+    EngineInfo,
+    NewToken,
+    Prefilled,
+    Request,
+    Step,
+    StepOutput,
+)
 from spts import cost
 from spts.sampling import TokenLogprobs
 
@@ -26,6 +35,7 @@ SHAPE = cost.ModelShape(
 )
 MAX_CONTEXT = 512
 EOS = 0
+PEAK_BYTES = 1000  # device memory of a request in flight
 
 
 def info(config: EngineConfig) -> EngineInfo:
@@ -81,13 +91,28 @@ class FakeShard:
             if self._layers_left[request_id] == 0:
                 prefilled = self._prefilled(self._requests[request_id])
                 self._answers[request_id] = []
-                tokens.append(self._next(request_id))
+                follow = self._requests[request_id].follow
+                tokens += [self._followed(request_id, place) for place in range(len(follow))]
+                if not follow:
+                    tokens.append(self._next(request_id))
         for request_id, latest in step.decode:
             assert self._answers[request_id][-1] == latest, "the latest token comes back"
             tokens.append(self._next(request_id))
         if self._rank != 0:
             return None
-        return StepOutput(tokens=tuple(tokens), prefilled=prefilled)
+        return StepOutput(
+            tokens=tuple(tokens), prefilled=prefilled, peak_memory_bytes=PEAK_BYTES * len(self._requests)
+        )
+
+    def _followed(self, request_id: str, place: int) -> NewToken:
+        """The answer would be the prompt, over and over: rank 1 where that is what is followed, else 2."""
+        request = self._requests[request_id]
+        same = request.follow[place] == request.token_ids[place % len(request.token_ids)]
+        return NewToken(
+            request_id=request_id,
+            token_id=request.follow[place],
+            agreement=Agreement(kl=0.0 if same else 1.0, rank=1 if same else 2),
+        )
 
     def _next(self, request_id: str) -> NewToken:
         request, answer = self._requests[request_id], self._answers[request_id]

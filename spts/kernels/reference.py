@@ -7,10 +7,14 @@ size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+_QUERY_BLOCK = 1024
 
 
 def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
@@ -77,30 +81,43 @@ def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor],
     return activation(gate_MF).mul_(up_MF)
 
 
-def causal_attention(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) -> Tensor:
-    """Causal attention of M ascending tokens over themselves, [M, H, d].
+def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last M of L ascending tokens over all L, [M, H, d]; mostly M = L.
 
     Query head h reads key head h // (H // K). Causal over the compacted rows is causal in the prompt, as the
-    rows ascend: of tokens [0, 3, 7], row 1 (token 3) sees rows 0 and 1 (tokens 0 and 3).
+    rows ascend: of tokens [0, 3, 7], row 1 (token 3) sees rows 0 and 1 (tokens 0 and 3). With fewer queries
+    than keys the last query belongs to the last key: M = 2, L = 5 gives query 0 the keys 0 … 3, query 1 all.
     """
+    num_queries, num_keys = q_MHd.shape[0], k_LKd.shape[0]
+    if num_queries == num_keys:
+        return _attention(q_MHd, k_LKd, v_LKd, scale, is_causal=True)
+    # In blocks: where no kernel knows this alignment, torch writes the mask out.
+    out_MHd = torch.empty_like(q_MHd)
+    for start in range(0, num_queries, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, num_queries)
+        seen = num_keys - num_queries + stop
+        out_MHd[start:stop] = _attention(
+            q_MHd[start:stop],
+            k_LKd[:seen],
+            v_LKd[:seen],
+            scale,
+            attn_mask=causal_lower_right(stop - start, seen),
+        )
+    return out_MHd
+
+
+def _attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, **masking: Any) -> Tensor:
     out_1HMd = F.scaled_dot_product_attention(
         q_MHd.transpose(0, 1).unsqueeze(0),
-        k_MKd.transpose(0, 1).unsqueeze(0),
-        v_MKd.transpose(0, 1).unsqueeze(0),
-        is_causal=True,
+        k_LKd.transpose(0, 1).unsqueeze(0),
+        v_LKd.transpose(0, 1).unsqueeze(0),
         scale=scale,
-        enable_gqa=q_MHd.shape[1] != k_MKd.shape[1],
+        enable_gqa=q_MHd.shape[1] != k_LKd.shape[1],
+        **masking,
     )
     return out_1HMd.squeeze(0).transpose(0, 1)
 
 
 def single_query_attention(q_Hd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
     """Attention of one query on everything cached, [H, d]; query head h reads key head h // (H // K)."""
-    out_1H1d = F.scaled_dot_product_attention(
-        q_Hd[None, :, None, :],
-        k_LKd.transpose(0, 1).unsqueeze(0),
-        v_LKd.transpose(0, 1).unsqueeze(0),
-        scale=scale,
-        enable_gqa=q_Hd.shape[0] != k_LKd.shape[1],
-    )
-    return out_1H1d[0, :, 0, :]
+    return _attention(q_Hd.unsqueeze(0), k_LKd, v_LKd, scale)[0]

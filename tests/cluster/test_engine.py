@@ -9,12 +9,12 @@ import contextlib
 import pytest
 
 from cluster.config import EngineConfig
-from cluster.protocol import Chunk, EngineError, Request
+from cluster.protocol import Agreement, Chunk, EngineError, Request
 from spts.methods import Dense, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
 from tests.cluster.tiny import SCHEDULE
-from tests.fakes import EOS, MAX_CONTEXT, SHAPE, FakeEngine
+from tests.fakes import EOS, MAX_CONTEXT, PEAK_BYTES, SHAPE, FakeEngine
 
 
 def request(request_id="a", token_ids=(1, 2, 3), max_new_tokens=4, **fields) -> Request:
@@ -194,6 +194,41 @@ async def test_an_id_used_again_while_its_last_step_runs_gets_only_its_own_token
         assert (await engine.run(request(token_ids=(7, 8, 9)))).token_ids == (7, 8, 9, 7)
 
 
+async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it():
+    async with started() as engine:
+        chunks = await collect(engine, request(token_ids=(1, 2), follow=(1, EOS, 1), max_new_tokens=3))
+        await settled(engine)
+        assert engine.group.ranks[0].num_cached == 0
+        assert not any(step.decode for step in engine.group.steps)
+    assert [chunk.token_ids for chunk in chunks] == [(1,), (EOS,), (1,)]
+    result = chunks[-1].result
+    assert result is not None
+    assert (result.token_ids, result.finish_reason) == ((1, EOS, 1), "length")
+    assert result.agreement == (
+        Agreement(kl=0.0, rank=1),
+        Agreement(kl=1.0, rank=2),
+        Agreement(kl=0.0, rank=1),
+    )
+
+
+async def test_a_result_without_anything_to_follow_has_no_agreement():
+    async with started() as engine:
+        assert (await engine.run(request())).agreement is None
+
+
+async def test_the_peak_of_memory_is_the_highest_of_the_steps_a_request_was_part_of():
+    async with started(step_s=0.001, max_running=2) as engine:
+        long = asyncio.create_task(engine.run(request("long", max_new_tokens=60)))
+        while not any(step.decode for step in engine.group.steps):
+            await asyncio.sleep(0.001)
+        short = await engine.run(request("short", max_new_tokens=1))
+        await settled(engine)
+        await long
+        alone = await engine.run(request("alone"))
+    assert (short.peak_memory_bytes, long.result().peak_memory_bytes) == (2 * PEAK_BYTES, 2 * PEAK_BYTES)
+    assert alone.peak_memory_bytes == PEAK_BYTES
+
+
 DEEP = Schedule.dense(7)
 OTHER_DEPTH = Spts(schedule=DEEP)
 
@@ -218,6 +253,26 @@ OTHER_DEPTH = Spts(schedule=DEEP)
             "max_new_tokens",
             r"got 512 \+ 1;",
         ),
+        (
+            request(follow=(1, 2, 3), max_new_tokens=4),
+            "invalid_request",
+            "max_new_tokens",
+            "must equal the number of tokens to follow, 3, got 4",
+        ),
+        (
+            request(follow=(1, 298), max_new_tokens=2),
+            "invalid_request",
+            "follow",
+            r"follow must be integers in 0..297, got 298 at index 1",
+        ),
+        (
+            request(follow=(1,), max_new_tokens=1, sampling=Sampling(temperature=1.0)),
+            "invalid_request",
+            "sampling",
+            "must be the default but for logprobs",
+        ),
+        (request(prefix_tokens=3), "invalid_request", "prefix_tokens", "below the prompt's 3 tokens, got 3"),
+        (request(prefix_tokens=-1), "invalid_request", "prefix_tokens", "at least 0 and .* got -1"),
         (request(method=OTHER_DEPTH), "invalid_request", "schedule.num_layers", "model's 6 layers, got 7"),
     ],
 )

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,8 @@ from cluster.config import EngineConfig
 from cluster.engine import Engine, start_engine, stop_engine
 from cluster.group import RayGroup
 from cluster.protocol import EngineError, Request
-from cluster.shard import Shard, _Answer, _Running
+from cluster.shard import Shard
+from spts.agreement import compare
 from spts.methods import Dense, Random, Recency, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
@@ -145,6 +145,25 @@ async def test_seeded_sampling_and_logprobs_are_those_of_the_library(ranks, whol
 
 
 @in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+async def test_followed_tokens_are_compared_with_the_dense_model(ranks, whole, method):
+    token_ids, follow = prompt(110, seed=8), (5, 0, 17, 200, 9)
+    sent = [request(name, token_ids, method, 5, follow=follow) for name in ("miss", "hit")]
+    busy = asyncio.create_task(ranks.engine.run(request("busy", prompt(60, seed=3), METHODS[1], 40)))
+    miss, hit = [await ranks.engine.run(each) for each in sent]
+    assert (miss.token_ids, miss.finish_reason) == (follow, "length")
+    assert miss.agreement == hit.agreement
+    kl, rank = compare(whole.follow(token_ids, follow, Dense()), whole.follow(token_ids, follow, method))
+    assert [each.rank for each in miss.agreement] == rank.tolist()
+    assert [each.kl for each in miss.agreement] == pytest.approx(kl.tolist(), abs=1e-6)
+    if method.name == "dense":
+        assert all((each.kl, each.rank) == (0.0, 1) for each in miss.agreement)
+    else:
+        assert max(each.kl for each in miss.agreement) > 1e-3
+    assert list((await busy).token_ids) == whole.generate(prompt(60, seed=3), METHODS[1], 40).token_ids
+
+
+@in_module_loop
 async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole):
     early = Schedule(num_layers=NUM_LAYERS, first_skip_layer=1, stages=SCHEDULE.stages)
     token_ids = prompt(90, seed=6)
@@ -234,37 +253,6 @@ def test_an_engine_that_is_killed_leaves_its_place_to_another(driver, tiny_model
 def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once(driver, tiny_model):
     with pytest.raises(spts.ConfigError, match="got 18 CPU for 2 ranks; use fewer"):
         start_engine(EngineConfig(model=str(tiny_model), tensor_parallel_size=2, num_threads=9))
-
-
-def test_logits_that_are_not_finite_end_their_own_request_only():
-    import torch
-
-    from spts.cache import RaggedCache
-
-    shard, answer = Shard(EngineConfig(model="none"), 0), _Answer()
-    cache = RaggedCache(num_layers=1, prompt_tokens=1, room_tokens=0)
-    for request_id, logits in (("bad", [1.0, float("nan")]), ("good", [1.0, 2.0])):
-        sent = request(request_id, (1,), Dense())
-        running = _Running(request=sent, cache=cache, generator=torch.Generator())
-        shard._choose(running, torch.tensor(logits), answer)
-    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
-    assert [(token.request_id, token.token_id) for token in answer.tokens] == [("good", 1)]
-
-
-def test_a_prefill_that_overflows_ends_its_own_request_only():
-    class Overflowing:
-        def advance(self, state, num_layers):
-            raise spts.ModelError("scores_T must be numbers, got NaN", field="scores_T")
-
-    shard: Any = Shard(EngineConfig(model="none"), 0)
-    answer = _Answer()
-    shard._model = Overflowing()
-    shard._prefills["bad"] = (request("bad", (1,), Dense()), None)
-    shard._advance("bad", 2, answer)
-    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
-    assert shard._prefills == {}
-    shard._advance("bad", 2, answer)
-    assert len(answer.refused) == 1
 
 
 class Refused:

@@ -20,8 +20,8 @@ def test_a_layer_returns_what_was_stored(room):
     assert torch.equal(stored[0], keys)
     assert torch.equal(stored[1], values)
     for _ in range(room):
-        new_k, new_v = torch.randn(2, 4), torch.randn(2, 4)
-        keys, values = torch.cat((keys, new_k[None])), torch.cat((values, new_v[None]))
+        new_k, new_v = _rows(1)
+        keys, values = torch.cat((keys, new_k)), torch.cat((values, new_v))
         stored = cache.append(new_k, new_v)
         assert torch.equal(stored[0], keys)
         assert torch.equal(stored[1], values)
@@ -39,7 +39,7 @@ def test_bytes_count_what_is_used_and_what_is_reserved():
     assert cache.allocated_bytes == (9 + 4 + 6) * row_bytes
     assert cache.kv_tokens == 13
     for layer in cache.layers:
-        layer.append(torch.zeros(2, 4), torch.zeros(2, 4))
+        layer.append(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
     assert cache.num_bytes == (9 + 4 + 2) * row_bytes
     assert cache.allocated_bytes == (9 + 4 + 6) * row_bytes
     assert cache.kv_tokens == 13, "counts the prompt's part"
@@ -57,7 +57,7 @@ def test_positions_are_the_prompts_and_then_every_new_one():
     cache.layers[0].fill(*_rows(3), torch.tensor([0, 3, 7]))
     assert cache.positions(0).tolist() == [0, 3, 7]
     for _ in range(2):
-        cache.layers[0].append(torch.zeros(2, 4), torch.zeros(2, 4))
+        cache.layers[0].append(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
     assert cache.positions(0).tolist() == [0, 3, 7, 8, 9]
 
 
@@ -66,9 +66,20 @@ def test_a_full_cache_says_so_and_stays_as_it_was(room):
     cache = LayerCache(room_tokens=room)
     cache.fill(*_rows(2), torch.arange(2))
     for _ in range(room):
-        cache.append(torch.ones(2, 4), torch.ones(2, 4))
+        cache.append(torch.ones(1, 2, 4), torch.ones(1, 2, 4))
     before = [rows.clone() for rows in cache.rows()]
     with pytest.raises(ValueError, match=f"max_new_tokens must cover every decoded token, got {room}"):
-        cache.append(torch.zeros(2, 4), torch.zeros(2, 4))
+        cache.append(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
     assert cache.num_tokens == 2 + room
     assert all(torch.equal(a, b) for a, b in zip(before, cache.rows(), strict=True))
+
+
+def test_several_tokens_are_stored_at_once_or_not_at_all():
+    cache = LayerCache(room_tokens=4)
+    first, then = _rows(2), _rows(3)
+    cache.store(*first, torch.tensor([0, 5]))
+    stored = cache.store(*then, torch.tensor([6, 7, 8]))
+    assert all(torch.equal(a, torch.cat((b, c))) for a, b, c in zip(stored, first, then, strict=True))
+    with pytest.raises(ValueError, match="got 4 and 5 tokens"):
+        cache.append(*_rows(2))
+    assert (cache.num_tokens, cache.num_prompt_tokens) == (5, 2)

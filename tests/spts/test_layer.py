@@ -79,6 +79,24 @@ def test_gather_and_add_worked_examples():
     assert x_TD.tolist() == [[11.0], [2.0], [23.0]], "in place"
 
 
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"), [(1, 1), (63, 63), (1, 500), (7, 63), (499, 500), (1030, 2100)]
+)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+def test_causal_attention_of_the_last_tokens_equals_attention_by_mask(num_queries, num_keys, num_kv_heads):
+    q, k, v = (
+        torch.randn(n, h, 8)
+        for n, h in ((num_queries, 6), (num_keys, num_kv_heads), (num_keys, num_kv_heads))
+    )
+    out = ops.causal_attention(q, k, v, 0.3)
+    position_M = torch.arange(num_keys)[-num_queries:, None]
+    hidden_ML = torch.arange(num_keys) > position_M
+    for head in range(6):
+        key, value = (each[:, head // (6 // num_kv_heads)].double() for each in (k, v))
+        weights = ((q[:, head].double() @ key.T) * 0.3).masked_fill(hidden_ML, -torch.inf).softmax(dim=-1)
+        torch.testing.assert_close(out[:, head].double(), weights @ value, atol=1e-5, rtol=1e-5)
+
+
 def test_skipped_tokens_keep_their_row_bit_for_bit(model):
     _, trace, before, after = _run_layer(model, 2, Spts(schedule=_one_stage(9, None)), active=9, keep=None)
     ran = set(trace.attention_tokens.tolist()) | set(trace.ffn_tokens.tolist())

@@ -354,3 +354,54 @@ def test_head_counts_that_do_not_add_up_are_refused():
 
 def _unreachable(*_: object) -> None:
     raise AssertionError("the request was computed")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["dense", "spts", "recency"])
+def test_following_equals_decoding_the_same_tokens_one_by_one(family, name):
+    model = spts_model(transformers_model(family), first_layer=2)
+    method = Dense() if name == "dense" else _method(name, SKIPPING)
+    token_ids, continuation = prompt(150), prompt(9)
+    followed = model.follow(token_ids, continuation, method)
+    prefill = model.prefill(token_ids, method, max_new_tokens=9)
+    rows = [prefill.logits]
+    rows += [model.decode_step(torch.tensor([token]), [prefill.cache])[0] for token in continuation[:-1]]
+    torch.testing.assert_close(followed, torch.stack(rows), atol=1e-4, rtol=1e-5)
+    assert torch.equal(model.follow(token_ids, continuation[:1], method), prefill.logits[None])
+
+
+@torch.no_grad()
+def test_following_densely_equals_one_forward_of_transformers():
+    hf_model = transformers_model("qwen3")
+    model = SptsModel(hf_model, fingerprint=FINGERPRINT)
+    token_ids, continuation = prompt(100), prompt(20)
+    expected = hf_model(torch.tensor([token_ids + continuation[:-1]])).logits[0, 99:]
+    torch.testing.assert_close(model.follow(token_ids, continuation, Dense()), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_extending_leaves_a_cache_that_decodes_on():
+    model = spts_model(transformers_model("llama"), first_layer=2)
+    token_ids, new = prompt(90), prompt(4)
+    method = Spts(schedule=SKIPPING)
+    ours, theirs = (model.prefill(token_ids, method, max_new_tokens=5).cache for _ in range(2))
+    model.extend(new, ours)
+    for token in new:
+        model.decode_step(torch.tensor([token]), [theirs])
+    assert (ours.next_position, ours.kv_tokens, ours.num_bytes) == (
+        theirs.next_position,
+        theirs.kv_tokens,
+        theirs.num_bytes,
+    )
+    last = torch.tensor(prompt(1))
+    torch.testing.assert_close(
+        model.decode_step(last, [ours]), model.decode_step(last, [theirs]), atol=1e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("continuation", "message"), [([], "at least one token, got 0"), ([1, 211], "211 at")]
+)
+def test_a_continuation_that_cannot_be_followed_is_refused(continuation, message):
+    with pytest.raises(RequestError, match=f"continuation must .*{message}") as refused:
+        spts_model(transformers_model("llama")).follow([1, 2], continuation, Dense())
+    assert refused.value.field == "continuation"

@@ -1,0 +1,203 @@
+"""What one rank does in a step: starts, advances and ends prefills, decodes, and on rank 0 chooses tokens.
+
+Every rank makes the same calls to the model in the same order; whatever is decided here is decided from the
+requests alone, or said by the model on all ranks at once.
+
+Legend: N followed tokens, B requests, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.admission import as_engine_error
+from cluster.config import EngineConfig
+from cluster.kept import Kept
+from cluster.protocol import Agreement, EngineError, NewToken, Prefilled, Request, Step, StepOutput
+from spts import cost
+from spts.agreement import compare
+from spts.cache import RaggedCache
+from spts.errors import SptsError
+from spts.methods import Dense
+from spts.model import Prefill, PrefillState, SptsModel
+from spts.request import digest
+from spts.sampling import make_generator, sample, token_logprobs
+
+
+@dataclass(kw_only=True)
+class Prefilling:
+    """A request in prefill. dense_NV: what to compare it with, if it follows; rank 0 alone has the rows."""
+
+    request: Request
+    state: PrefillState
+    dense_NV: Tensor | None
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A request after its prefill. generator: rank 0's alone draws."""
+
+    request: Request
+    cache: RaggedCache
+    generator: torch.Generator
+
+
+class Stepper:
+    """The requests of one rank and its model."""
+
+    def __init__(self, model: SptsModel, config: EngineConfig, rank: int) -> None:
+        self._model = model
+        self._rank = rank
+        self._world_size = config.tensor_parallel_size
+        self._references: Kept[Tensor] = Kept(config.reference_cache_bytes)
+        self._prefills: dict[str, Prefilling] = {}
+        self._running: dict[str, Running] = {}
+
+    def step(self, step: Step) -> StepOutput | None:
+        """Do one step; the answer on rank 0, None on the others, which do not choose tokens."""
+        for request_id in step.release:
+            self._prefills.pop(request_id, None)
+            self._running.pop(request_id, None)
+        answer = Answer()
+        if step.start is not None:
+            self._start(step.start, answer)
+        on_gpu = self._model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._model.device)
+        if step.advance is not None:
+            self._advance(*step.advance, answer)
+        if step.decode:
+            self._decode(step.decode, answer)
+        if self._rank != 0:
+            return None
+        peak = torch.cuda.max_memory_allocated(self._model.device) if on_gpu else None
+        return answer.output(peak)
+
+    def _start(self, request: Request, answer: Answer) -> None:
+        try:
+            state = self._model.start_prefill(
+                request.token_ids, request.method, max_new_tokens=request.max_new_tokens
+            )
+        except SptsError as error:
+            # The same on every rank: it depends on the request and the configuration alone.
+            answer.refused.append((request.request_id, as_engine_error(error)))
+            return
+        # Before the request's own layers, so that neither holds memory while the other runs.
+        dense_NV = self._reference(request) if request.follow else None
+        self._prefills[request.request_id] = Prefilling(request=request, state=state, dense_NV=dense_NV)
+
+    def _advance(self, request_id: str, num_layers: int, answer: Answer) -> None:
+        if request_id not in self._prefills:  # refused a moment ago
+            return
+        prefilling = self._prefills[request_id]
+        request, state = prefilling.request, prefilling.state
+        try:
+            done = self._model.advance(state, num_layers)
+        except SptsError as error:  # scores that are no numbers, found on every rank at once: see spts.select
+            del self._prefills[request_id]
+            answer.refused.append((request_id, EngineError("internal", str(error))))
+            return
+        if not done:
+            return
+        assert state.result is not None
+        del self._prefills[request_id]
+        if self._rank == 0:
+            answer.prefilled = self._prefilled(request, state)
+        if prefilling.dense_NV is not None:
+            self._follow(request, state.result, prefilling.dense_NV, answer)
+            return
+        running = Running(request=request, cache=state.cache, generator=make_generator(request.sampling))
+        self._running[request_id] = running
+        if self._rank == 0:
+            self._choose(running, state.result.logits, answer)
+
+    def _decode(self, latest: tuple[tuple[str, int], ...], answer: Answer) -> None:
+        requests = [self._running[request_id] for request_id, _ in latest]
+        logits_BV = self._model.decode_step(
+            torch.tensor([token_id for _, token_id in latest]), [running.cache for running in requests]
+        )
+        if self._rank == 0:
+            for running, logits_V in zip(requests, logits_BV, strict=True):
+                self._choose(running, logits_V, answer)
+
+    def _choose(self, running: Running, logits_V: Tensor, answer: Answer) -> None:
+        request = running.request
+        num_top = request.sampling.logprobs
+        try:
+            token_id = sample(logits_V, request.sampling, running.generator)
+        except SptsError as error:  # logits that are not finite end this request, not the others
+            answer.refused.append((request.request_id, EngineError("internal", str(error))))
+            return
+        logprobs = None if num_top is None else token_logprobs(logits_V, token_id, num_top)
+        answer.tokens.append(NewToken(request_id=request.request_id, token_id=token_id, logprobs=logprobs))
+
+    # -- following given tokens ------------------------------------------------------------------------------
+
+    def _reference(self, request: Request) -> Tensor:
+        """The dense model's logits at every followed token, on the host of rank 0; the others' are empty."""
+        key = (digest(request.token_ids), digest(request.follow))
+        dense_NV = self._references.get(key)
+        if dense_NV is None:
+            dense_NV = self._model.follow(request.token_ids, request.follow, Dense())
+            num_bytes = dense_NV.numel() * dense_NV.element_size()
+            # Counted on every rank as on rank 0, so that all keep and drop the same.
+            dense_NV = dense_NV.cpu() if self._rank == 0 else torch.empty(0)
+            self._references.put(key, dense_NV, num_bytes)
+        return dense_NV
+
+    def _follow(self, request: Request, prefill: Prefill, dense_NV: Tensor, answer: Answer) -> None:
+        logits_NV = self._model.follow_on(prefill, request.follow)
+        if self._rank != 0:
+            return
+        kl_N, rank_N = compare(dense_NV.to(logits_NV.device), logits_NV)
+        if not bool(kl_N.isfinite().all()):
+            message = "the distributions must be finite to be compared; the activations overflowed"
+            answer.refused.append((request.request_id, EngineError("internal", message)))
+            return
+        num_top = request.sampling.logprobs
+        for logits_V, token_id, kl, rank in zip(
+            logits_NV, request.follow, kl_N.tolist(), rank_N.tolist(), strict=True
+        ):
+            answer.tokens.append(
+                NewToken(
+                    request_id=request.request_id,
+                    token_id=token_id,
+                    logprobs=None if num_top is None else token_logprobs(logits_V, token_id, num_top),
+                    agreement=Agreement(kl=kl, rank=rank),
+                )
+            )
+
+    def _prefilled(self, request: Request, state: PrefillState) -> Prefilled:
+        model = self._model
+        num_tokens = len(request.token_ids)
+        proxy = None if model.proxies is None else model.proxies.shape
+        return Prefilled(
+            request_id=request.request_id,
+            work=tuple(state.work),
+            kv_tokens=state.cache.kv_tokens,
+            kv_bytes=state.cache.num_bytes * self._world_size,
+            flops=cost.prefill_flops(model.shape, state.work, proxy).total,
+            dense_flops=cost.dense_flops(model.shape, num_tokens).total,
+            dense_kv_bytes=cost.dense_kv_bytes(model.shape, num_tokens, model.dtype.itemsize),
+        )
+
+
+class Answer:
+    """What rank 0 collects during a step."""
+
+    def __init__(self) -> None:
+        self.tokens: list[NewToken] = []
+        self.prefilled: Prefilled | None = None
+        self.refused: list[tuple[str, EngineError]] = []
+
+    def output(self, peak_memory_bytes: int | None) -> StepOutput:
+        """The step's answer."""
+        return StepOutput(
+            tokens=tuple(self.tokens),
+            prefilled=self.prefilled,
+            refused=tuple(self.refused),
+            peak_memory_bytes=peak_memory_bytes,
+        )

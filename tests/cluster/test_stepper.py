@@ -1,0 +1,118 @@
+"""One rank's steps on a tiny model in this process: followed tokens, and faults that end one request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import spts
+from cluster.config import EngineConfig
+from cluster.protocol import Request, Step, StepOutput
+from cluster.stepper import Answer, Prefilling, Running, Stepper
+from spts.cache import RaggedCache
+from spts.methods import Dense, Method, Spts
+from spts.sampling import Sampling
+from tests.cluster.tiny import NUM_LAYERS, SCHEDULE
+
+SPTS = Spts(schedule=SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return spts.load(tiny_model)
+
+
+def request(
+    token_ids: list[int], method: Method, max_new_tokens: int = 1, *, name: str = "a", **fields: Any
+) -> Request:
+    return Request(
+        request_id=name, token_ids=tuple(token_ids), method=method, max_new_tokens=max_new_tokens, **fields
+    )
+
+
+def prompt(num_tokens: int) -> list[int]:
+    return torch.randint(1, 298, (num_tokens,)).tolist()
+
+
+def run(stepper: Stepper, sent: Request, *, layers: int = NUM_LAYERS) -> StepOutput:
+    """The step that ends the prefill of `sent`; its cache is dropped."""
+    start: Request | None = sent
+    for _ in range(0, NUM_LAYERS, layers):
+        output = stepper.step(Step(start=start, advance=(sent.request_id, layers)))
+        start = None
+    assert output is not None
+    stepper.step(Step(release=(sent.request_id,)))
+    return output
+
+
+def test_densely_followed_tokens_agree_exactly(model):
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+    output = run(stepper, request(prompt(70), Dense(), 4, follow=(3, 0, 3, 9)), layers=2)
+    assert [token.token_id for token in output.tokens] == [3, 0, 3, 9]
+    agreement = [token.agreement for token in output.tokens]
+    assert all(each is not None and (each.kl, each.rank) == (0.0, 1) for each in agreement)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+def test_a_reference_is_computed_once_where_there_is_room_and_gives_the_same(model, monkeypatch, kept_bytes):
+    calls = []
+
+    def follow(token_ids, continuation, method):
+        calls.append(continuation)
+        return type(model).follow(model, token_ids, continuation, method)
+
+    monkeypatch.setattr(model, "follow", follow)
+    stepper = Stepper(model, EngineConfig(model="tiny", reference_cache_bytes=kept_bytes), 0)
+    sent = request(prompt(90), SPTS, 3, follow=(3, 4, 5), sampling=Sampling(logprobs=2))
+    outputs = [run(stepper, sent) for _ in range(3)]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert all(token.logprobs is not None and len(token.logprobs.top) == 2 for token in outputs[0].tokens)
+    run(stepper, request(list(sent.token_ids), Dense(), 2, follow=(3, 4)))
+    assert calls == ([(3, 4, 5), (3, 4)] if kept_bytes else [(3, 4, 5)] * 3 + [(3, 4)])
+
+
+def test_ranks_that_choose_nothing_still_compute_and_count_the_reference(model):
+    first, other = (Stepper(model, EngineConfig(model="tiny"), rank) for rank in (0, 1))
+    sent = request(prompt(50), SPTS, 3, follow=(3, 4, 5))
+    run(first, sent)
+    assert other.step(Step(start=sent, advance=("a", NUM_LAYERS))) is None
+    assert first._references.num_bytes == other._references.num_bytes == 3 * model.vocab_size * 4
+
+
+def test_logits_that_are_not_finite_end_their_own_request_only(model):
+    stepper, answer = Stepper(model, EngineConfig(model="tiny"), 0), Answer()
+    cache = RaggedCache(num_layers=1, prompt_tokens=1, room_tokens=0)
+    for name, logits in (("bad", [1.0, float("nan")]), ("good", [1.0, 2.0])):
+        running = Running(request=request([1], Dense(), name=name), cache=cache, generator=torch.Generator())
+        stepper._choose(running, torch.tensor(logits), answer)
+    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
+    assert [(token.request_id, token.token_id) for token in answer.tokens] == [("good", 1)]
+
+
+def test_distributions_that_are_not_finite_cannot_be_compared(model):
+    stepper, answer = Stepper(model, EngineConfig(model="tiny"), 0), Answer()
+    sent = request([1, 2], Dense(), 1, follow=(1,))
+    overflowed = torch.full((1, model.vocab_size), float("nan"))
+    stepper._follow(sent, model.prefill([1, 2], Dense()), overflowed, answer)
+    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("a", "internal")]
+    assert answer.tokens == []
+
+
+def test_a_prefill_that_overflows_ends_its_own_request_only(model):
+    class Overflowing:
+        device = model.device
+
+        def advance(self, state, num_layers):
+            raise spts.ModelError("scores_T must be numbers, got NaN", field="scores_T")
+
+    overflowing: Any = Overflowing()
+    stepper, answer = Stepper(overflowing, EngineConfig(model="tiny"), 0), Answer()
+    state: Any = None
+    stepper._prefills["bad"] = Prefilling(request=request([1], Dense()), state=state, dense_NV=None)
+    stepper._advance("bad", 2, answer)
+    assert [(request_id, error.kind) for request_id, error in answer.refused] == [("bad", "internal")]
+    assert stepper._prefills == {}
+    stepper._advance("bad", 2, answer)
+    assert len(answer.refused) == 1
