@@ -18,7 +18,8 @@ from starlette.types import ASGIApp
 from cluster import placement
 from cluster.config import AppConfig, EngineConfig, check_pools, parse
 from cluster.engine import Engine
-from cluster.protocol import Chunk, EngineError, EngineInfo, Request
+from cluster.keys import read_keys
+from cluster.protocol import Chunk, EngineError, EngineInfo, EngineStats, Request
 from cluster.router import Router
 
 ROUTER = "Router"
@@ -49,6 +50,10 @@ class ServeEngine:
         """See `Engine.ready`."""
         return await _answer(self._handle.ready.remote())
 
+    async def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return await _answer(self._handle.stats.remote())
+
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache."""
         chunks = self._handle.options(stream=True).generate.remote(request)
@@ -75,6 +80,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     """The application that `args` describe. Raises ConfigError naming the key that is wrong."""
     config = parse(dict(args), AppConfig, source="args")
     check_pools(config)
+    read_keys(config)  # a missing file is said here, where it ends the deployment, not in the replica's log
     engines = {
         name: _engine_deployment(name, engine).bind(engine.model_dump())
         for name, engine in config.engines.items()

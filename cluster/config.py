@@ -38,6 +38,8 @@ class EngineConfig(Strict):
     `cluster.scheduler.Scheduler`. start_timeout_s: to load the model. step_timeout_s: a step that takes
     longer means a rank hangs, and the group restarts. max_restarts: failed starts in a row after which the
     engine gives up.
+    heartbeat_timeout_s: a step that takes longer makes the engine not ready until it ends; when it has not
+    ended step_timeout_s later either, the engine is unhealthy and Serve replaces it.
     reference_cache_bytes: host memory for the dense distributions that followed requests are compared with,
     the least recently used dropped first. With 128,000 tokens in the vocabulary one followed token takes 512
     KB, so the default holds 1,048 of them; 0 = computed anew for every request.
@@ -56,6 +58,7 @@ class EngineConfig(Strict):
     start_timeout_s: float = Field(default=600.0, gt=0)
     step_timeout_s: float = Field(default=300.0, gt=0)
     max_restarts: int = Field(default=3, ge=0)
+    heartbeat_timeout_s: float = Field(default=60.0, gt=0)
     reference_cache_bytes: int = Field(default=2**29, ge=0)
 
 
@@ -82,7 +85,11 @@ class AppConfig(Strict):
 
     served_model_name: the name clients ask for; None = the model folder's name. pools: by prompt length,
     shortest first; the last one takes the rest. request_timeout_s: deadline of every request.
-    max_prompts: prompts x n in one HTTP request.
+    max_prompts: prompts x n in one HTTP request. api_keys_file: absolute path of a text file where the router
+    runs, one key a line, # begins a comment; api_keys_env: name of an environment variable there, keys
+    separated by commas or lines. Either, both, or neither for an endpoint without keys.
+    allowed_methods: what a request may choose. min_budget_tokens: least active_tokens and keep_tokens of a
+    schedule that a request brings.
     """
 
     served_model_name: str | None = None
@@ -90,6 +97,31 @@ class AppConfig(Strict):
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_prompts: int = Field(default=64, ge=1)
+    api_keys_file: str | None = Field(default=None, min_length=1)
+    api_keys_env: str | None = Field(default=None, min_length=1)
+    allowed_methods: Annotated[tuple[str, ...], Field(strict=False)] = tuple(methods.METHODS)
+    min_budget_tokens: int = Field(default=1, ge=1)
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _keys_have_a_whole_path(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_absolute():
+            raise ValueError(
+                f"api_keys_file must be an absolute path, got {value!r}; a router has a working directory of "
+                "its own"
+            )
+        return value
+
+    @field_validator("allowed_methods")
+    @classmethod
+    def _methods_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in methods.METHODS]
+        if unknown:
+            raise ValueError(
+                f"allowed_methods must hold names of {', '.join(methods.METHODS)}, got {unknown[0]!r}; "
+                "correct it"
+            )
+        return value
 
     @model_validator(mode="after")
     def _pools_fit_together(self) -> AppConfig:

@@ -22,6 +22,7 @@ from cluster.protocol import (
     Chunk,
     EngineError,
     EngineInfo,
+    EngineStats,
     Request,
     Result,
     Step,
@@ -58,6 +59,7 @@ class Engine:
         self._step_loop: asyncio.Task[None] | None = None
         self._watch_task: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
+        self._step_began: float | None = None
         self.num_restarts = 0
 
     async def start(self) -> EngineInfo:
@@ -117,10 +119,26 @@ class Engine:
         raises."""
         if self._state in ("failed", "stopped"):
             raise EngineError("unavailable", f"the engine has {self._state}; replace it")
+        # A rank that hangs is restarted after step_timeout_s; this long means that the loop itself hangs.
+        if self._stalled_s > self._config.step_timeout_s + self._config.heartbeat_timeout_s:
+            raise EngineError("unavailable", "the engine's step loop stands still; replace it")
 
     async def ready(self) -> bool:
-        """Whether a request sent now would be computed."""
-        return self._state == "ready"
+        """Whether a request sent now would be computed: the ranks are there, and the step loop turns."""
+        return self._state == "ready" and self._stalled_s <= self._config.heartbeat_timeout_s
+
+    async def stats(self) -> EngineStats:
+        """What is running and waiting now, and what it takes."""
+        scheduler, flights = self._scheduler, self._flights.values()
+        return EngineStats(
+            running=0 if scheduler is None else scheduler.num_running,
+            waiting=0 if scheduler is None else scheduler.num_waiting,
+            kv_bytes=sum(flight.kv_bytes for flight in flights),
+            kv_bytes_limit=None,
+            queued_prefill_tokens=sum(
+                len(flight.request.token_ids) for flight in flights if flight.prefilled is None
+            ),
+        )
 
     async def shutdown(self) -> None:
         """End the ranks; requests in flight fail with "unavailable". The engine does not start again."""
@@ -182,6 +200,11 @@ class Engine:
 
     # -- the step loop ---------------------------------------------------------------------------------------
 
+    @property
+    def _stalled_s(self) -> float:
+        """Age of the step that runs now; 0 between steps and while the ranks start."""
+        return 0.0 if self._step_began is None else time.perf_counter() - self._step_began
+
     async def _run_steps(self) -> None:
         try:
             while True:
@@ -192,12 +215,15 @@ class Engine:
                     self._wake.clear()
                     await self._wake.wait()
                 else:
+                    self._step_began = time.perf_counter()
                     try:
                         output = await self._group.step(step)
                     except EngineError as error:
+                        self._step_began = None
                         await self._restart(error)
                     else:
                         self._postprocess(output)
+                    self._step_began = None
         except asyncio.CancelledError:
             raise
         except Exception as error:  # the loop is the engine: whatever ends it must end the requests too

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from starlette.responses import JSONResponse, Response
+
 from cluster.protocol import EngineError
 from spts.errors import SptsError
 
@@ -24,6 +26,7 @@ HTTP_ERRORS: Mapping[str, HttpError] = {
     "invalid_request": HttpError(400, "invalid_request_error", "invalid_value"),
     "unsupported_parameter": HttpError(400, "invalid_request_error", "unsupported_parameter"),
     "context_length_exceeded": HttpError(400, "invalid_request_error", "context_length_exceeded"),
+    "invalid_api_key": HttpError(401, "authentication_error", "invalid_api_key"),
     "model_not_found": HttpError(404, "invalid_request_error", "model_not_found"),
     "not_found": HttpError(404, "invalid_request_error", "not_found"),
     "method_not_allowed": HttpError(405, "invalid_request_error", "method_not_allowed"),
@@ -72,3 +75,12 @@ def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
     """The JSON of an error, in a response's body or in a data chunk of a stream."""
     row = HTTP_ERRORS[error.kind]
     return {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer to a request that failed before anything was sent."""
+    row = HTTP_ERRORS[error.kind]
+    headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
+    if row.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), row.status, headers)

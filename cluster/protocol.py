@@ -51,6 +51,8 @@ class Request:
     deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
     prefix_tokens: the first so many tokens are a text that other requests begin with too. What does not
     depend on the tokens after them (every layer before the method's first_skip_layer) is kept for those.
+    activity_bins: into how many parts of the prompt to sum up what each layer computed (`Activity`); 0 = not
+    asked for. ignore_eos: the model's own end tokens do not end the answer.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
     (see Agreement); as many as max_new_tokens, or none. They all come with the first: their times say nothing
     about decoding. End tokens among them end nothing, and sampling has no say but for logprobs.
@@ -64,6 +66,19 @@ class Request:
     deadline_s: float | None = None
     prefix_tokens: int = 0
     follow: tuple[int, ...] = ()
+    activity_bins: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """Where in a prompt each layer computed: [layer][bin], share in % of the bin's tokens that ran the block.
+
+    Bins are equal parts of the prompt in its order, never more of them than it has tokens.
+    """
+
+    attention: tuple[tuple[int, ...], ...]
+    ffn: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +129,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """A prefill that has ended. The numbers are those of `Result`."""
+    """A prefill that has ended. The numbers are those of `Result`; activity: if it was asked for."""
 
     request_id: str
     work: tuple[LayerWork, ...]
@@ -125,12 +140,13 @@ class Prefilled:
     dense_kv_bytes: int
     reused_tokens: int = 0
     reused_flops: float = 0.0
+    activity: Activity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """New tokens of one request, in order. The last chunk, and only it, has `finish_reason` and `result`;
-    the first, and only it, has `prefilled`."""
+    the first, and only it, has `prefilled` and `queue_s`, which is that of `Result`."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -138,6 +154,23 @@ class Chunk:
     finish_reason: FinishReason | None = None
     result: Result | None = None
     prefilled: Prefilled | None = None
+    queue_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """An engine at this moment. running: requests in prefill or decoding. waiting: requests not begun.
+
+    kv_bytes: of the running requests' caches over all ranks, counted from the end of a prefill.
+    kv_bytes_limit: what they may take; None = no limit is known. queued_prefill_tokens: prompt tokens of the
+    requests whose prefill has not ended.
+    """
+
+    running: int
+    waiting: int
+    kv_bytes: int
+    kv_bytes_limit: int | None
+    queued_prefill_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

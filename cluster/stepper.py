@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.activity import summed_up
 from cluster.admission import as_engine_error
 from cluster.config import EngineConfig
 from cluster.kept import Kept
@@ -79,7 +80,10 @@ class Stepper:
     def _start(self, request: Request, answer: Answer) -> None:
         try:
             state = self._model.start_prefill(
-                request.token_ids, request.method, max_new_tokens=request.max_new_tokens
+                request.token_ids,
+                request.method,
+                trace=request.activity_bins > 0,
+                max_new_tokens=request.max_new_tokens,
             )
         except SptsError as error:
             # The same on every rank: it depends on the request and the configuration alone.
@@ -182,6 +186,7 @@ class Stepper:
             flops=cost.prefill_flops(model.shape, state.work, proxy).total,
             dense_flops=cost.dense_flops(model.shape, num_tokens).total,
             dense_kv_bytes=cost.dense_kv_bytes(model.shape, num_tokens, model.dtype.itemsize),
+            activity=summed_up(state.trace, num_tokens, request.activity_bins) if state.tracing else None,
         )
 
 

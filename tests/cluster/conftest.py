@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.local import local_ray
-from tests.cluster.tiny import write_model
+from cluster.tokenizer import TextTokenizer
+from tests.cluster.tiny import write_model, write_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -18,6 +19,18 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def tiny_model(tmp_path_factory) -> Path:
     """The folder of a tiny random model with proxies and a tokenizer."""
     return write_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return TextTokenizer(folder)
 
 
 class RayCluster:

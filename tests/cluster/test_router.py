@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from typing import Any
 
 import httpx
 import openai
@@ -17,70 +15,9 @@ from cluster.config import AppConfig
 from cluster.errors import HTTP_ERRORS, ApiError
 from cluster.protocol import ERROR_KINDS, EngineError
 from cluster.router import Router
-from cluster.tokenizer import TextTokenizer
+from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint, error_of, events
 from tests.cluster.tiny import SCHEDULE, write_tokenizer
-from tests.fakes import EOS, FakeEngine
-
-POOLS: list[dict[str, Any]] = [
-    {"max_prompt_tokens": 50, "method": {"name": "dense"}},
-    {"method": {"name": "spts", "schedule": SCHEDULE.to_dict()}},
-]
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture
-def tokenizer(folder):
-    return TextTokenizer(folder)
-
-
-@contextlib.asynccontextmanager
-async def endpoint(folder, *, step_s=0.0, start=True, engine=None, **config):
-    """An HTTP client of a router on a fake engine, and the engine."""
-    app_config = AppConfig.model_validate(
-        {
-            "served_model_name": "tiny",
-            "engines": {"default": {"model": str(folder), **(engine or {})}},
-            "pools": POOLS,
-            **config,
-        }
-    )
-    fake = FakeEngine(app_config.engines["default"], step_s=step_s)
-    if start:
-        await fake.start()
-    app = Router(app_config, {"default": fake}).app()
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test/", timeout=30) as client:
-        yield client, fake
-    await fake.shutdown()
-
-
-def error_of(response: httpx.Response) -> dict:
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert response.headers["x-request-id"]
-    return body["error"]
-
-
-def events(response: httpx.Response) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    return [line if line == "[DONE]" else json.loads(line) for line in lines]
-
-
-def completion(**fields) -> dict:
-    return {"model": "tiny", "prompt": "the fox ", "max_tokens": 4, "temperature": 0, **fields}
-
-
-def chat(**fields) -> dict:
-    return {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **fields}
+from tests.fakes import EOS, SHAPE, FakeEngine
 
 
 async def test_health_ready_and_models(folder):
@@ -141,7 +78,10 @@ async def test_a_completion_and_its_usage(folder, tokenizer):
         "kv_tokens_full": kv_tokens,
         "skipped_share": 0.0,
         "flops_share": 1.0,
+        "kv_bytes": usage["spts"]["kv_bytes_full"],
+        "kv_bytes_full": 2 * 4 * SHAPE.num_kv_heads * SHAPE.head_dim * kv_tokens,  # K and V, float32
     }
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 async def test_16_tokens_by_default_as_in_the_openai_api(folder):
