@@ -5,19 +5,21 @@
 
 const BINS = 160;
 const $ = (id) => document.getElementById(id);
-const nouns = ["amber", "anchor", "basket", "candle", "cedar", "copper", "falcon", "feather", "garden", "granite",
+const nouns = ["amber", "anchor", "basket", "candle", "cedar", "copper", "falcon", "feather", "garden", "goose",
   "hammer", "harbor", "heron", "island", "kettle", "lantern", "marble", "meadow", "needle", "orchid", "pebble", "ribbon"];
-const filler = [
-  "The committee met in the morning and went through the list of open points once more.",
-  "Nothing in this paragraph matters for the question; it is here because documents are long.",
-  "Rain had been forecast, and so the survey of the northern field was moved to the following week.",
-  "A second copy of the ledger is kept in the reading room, where it may be seen on request.",
-  "Prices rose a little during the spring and came back to where they had been by autumn.",
-  "The engineers compared the two drawings and found that they differed only in the date.",
+// Sentences for the example's document are put together from these, so that hardly any comes twice.
+const pieces = [
+  ["The committee", "A surveyor", "The engineers", "Our neighbour", "The editor", "A clerk", "The crew", "The council"],
+  ["went through", "put aside", "compared", "copied out", "wrote about", "asked for", "looked at", "forgot"],
+  ["the list of open points", "the plan of the northern field", "two drawings", "the older ledger", "last year's prices",
+    "a letter without a date", "the minutes of the meeting", "the weather report"],
+  ["in the morning", "before noon", "after the break", "late in the week", "once more", "for the third time",
+    "on request", "without a word"],
 ];
 
 let model = null;
 let shown = ""; // the document of the answers on the page
+const pictures = new Map(); // side -> how to draw its picture again
 
 function api(path, options = {}) {
   const headers = { "Content-Type": "application/json", ...options.headers };
@@ -102,7 +104,6 @@ function numbers(side, pairs) {
 // A row per layer, the first on top; a column per part of the prompt. Full colour: every token there ran attention.
 function picture(side, activity, promptTokens) {
   const figure = side.querySelector("figure"), canvas = figure.querySelector("canvas");
-  figure.hidden = false;
   const scale = window.devicePixelRatio || 1, left = 34, bottom = 18;
   canvas.width = canvas.clientWidth * scale;
   canvas.height = canvas.clientHeight * scale;
@@ -113,8 +114,10 @@ function picture(side, activity, promptTokens) {
   const style = getComputedStyle(side);
   pen.fillStyle = style.getPropertyValue(side.id === "spts" ? "--spts" : "--dense");
   rows.forEach((row, layer) => row.forEach((percent, bin) => {
+    // Whole device pixels: columns that overlapped or left a gap would show as stripes.
+    const [from, to] = [bin, bin + 1].map((edge) => Math.round((left + edge * cell[0]) * scale) / scale);
     pen.globalAlpha = 0.06 + 0.94 * percent / 100;
-    pen.fillRect(left + bin * cell[0], layer * cell[1], Math.ceil(cell[0]), cell[1] - 1);
+    pen.fillRect(from, layer * cell[1], to - from, cell[1] - 1);
   }));
   pen.globalAlpha = 1;
   pen.fillStyle = style.getPropertyValue("--faint");
@@ -151,19 +154,23 @@ async function answerOn(side, method, content, maxTokens) {
   box.textContent = "Reading …";
   numbers(side, []);
   side.querySelector("figure").hidden = true;
+  pictures.delete(side);
   const answer = await ask(method, content, maxTokens, (text) => {
     box.className = "answer";
     box.textContent = text;
   });
-  const { usage } = answer;
+  const { usage } = answer, cached = usage.prompt_tokens_details.cached_tokens;
   numbers(side, [
     ["First token", seconds(answer.first)],
     ["Prefill FLOP", share(usage.spts.flops_share)],
     ["Token blocks computed", share(1 - usage.spts.skipped_share)],
     ["KV cache", bytes(usage.spts.kv_bytes)],
     ["Prompt", `${usage.prompt_tokens.toLocaleString("en")} tokens`],
+    ...(cached ? [["Kept from before", `${cached.toLocaleString("en")} tokens`]] : []),
   ]);
-  if (usage.spts.activity) picture(side, usage.spts.activity, usage.prompt_tokens);
+  side.querySelector("figure").hidden = false;
+  pictures.set(side, () => picture(side, usage.spts.activity, usage.prompt_tokens));
+  pictures.get(side)();
   return answer;
 }
 
@@ -178,15 +185,19 @@ function verdict(dense, spts) {
 }
 
 function example() {
-  const lines = [];
-  for (let i = 0; i < 330; i++) lines.push(filler[i % filler.length]);
   const pick = [...nouns].sort(() => Math.random() - 0.5);
   const facts = Array.from({ length: 8 }, (_, i) => `The code of ${pick[2 * i]} is ${pick[2 * i + 1]}.`);
+  // As much as the model can read, at a cautious three characters a token, but no more than a minute's reading.
+  const room = 3 * (Math.min(model?.max_model_len ?? 8192, 8448) - 512) - facts.join("\n").length;
+  const any = (list) => list[Math.floor(Math.random() * list.length)];
+  const lines = [];
+  for (let used = 0; ;) {
+    const line = `${pieces.map(any).join(" ")}.`;
+    used += line.length + 1;
+    if (used >= room) break;
+    lines.push(line);
+  }
   for (const fact of facts) lines.splice(Math.floor(Math.random() * lines.length), 0, fact);
-  // As much as the model can read, at a cautious three characters a token.
-  const room = 3 * ((model?.max_model_len ?? 8192) - 512);
-  const needed = new Set(facts);
-  while (lines.join("\n").length > room) lines.splice(lines.findIndex((line) => !needed.has(line)), 1);
   $("document").value = lines.join("\n");
   $("question").value = `What is the code of ${pick[0]}?`;
   size();
@@ -199,6 +210,7 @@ function size() {
 
 $("ask").onsubmit = async (event) => {
   event.preventDefault();
+  if ($("run").disabled) return; // it is asking already
   problem("");
   $("verdict").hidden = $("place").hidden = true;
   const [text, question] = [$("document").value, $("question").value.trim()];
@@ -213,6 +225,7 @@ $("ask").onsubmit = async (event) => {
     verdict(dense, spts);
   } catch (error) {
     problem(error.message);
+    for (const box of document.querySelectorAll(".answer.empty")) box.textContent = "No answer.";
   } finally {
     $("run").disabled = false;
   }
@@ -231,4 +244,21 @@ $("document").ondrop = async (event) => {
   $("document").value = file ? await file.text() : event.dataTransfer.getData("text");
   size();
 };
-findModel().catch((error) => problem(error.message));
+
+// A link to the page that ends in #example shows the example by itself.
+async function start() {
+  try {
+    await findModel();
+    problem("");
+    if (location.hash !== "#example") return;
+    example();
+    $("ask").requestSubmit();
+  } catch (error) {
+    problem(error.message);
+  }
+}
+$("key").onchange = start;
+const redraw = () => pictures.forEach((draw) => draw());
+onresize = redraw;
+matchMedia("(prefers-color-scheme: dark)").onchange = redraw;
+start();
