@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.protocol import EngineError, EngineInfo, ErrorKind, Request
 from spts.errors import RequestError, SptsError
-from spts.request import check_tokens, check_vocabulary
+from spts.request import check_prefix_tokens, check_tokens, check_vocabulary
 from spts.sampling import Sampling
 
 
@@ -17,6 +17,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
             vocab_size=info.vocab_size,
             max_context=info.max_context,
         )
+        check_prefix_tokens(request.prefix_tokens, request.token_ids)
         request.method.schedule_for(info.shape.num_layers)
     except SptsError as error:
         raise as_engine_error(error) from None
@@ -25,13 +26,6 @@ def check_request(request: Request, info: EngineInfo) -> None:
             "invalid_request",
             f"max_new_tokens must be at least 1, got {request.max_new_tokens}; ask for a token",
             "max_new_tokens",
-        )
-    if not 0 <= request.prefix_tokens < len(request.token_ids):
-        raise EngineError(
-            "invalid_request",
-            f"prefix_tokens must be at least 0 and below the prompt's {len(request.token_ids)} tokens, "
-            f"got {request.prefix_tokens}; leave at least the last token to this request",
-            "prefix_tokens",
         )
     if request.follow:
         _check_follow(request, info.vocab_size)

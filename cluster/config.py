@@ -40,6 +40,8 @@ class EngineConfig(Strict):
     engine gives up.
     heartbeat_timeout_s: a step that takes longer makes the engine not ready until it ends; when it has not
     ended step_timeout_s later either, the engine is unhealthy and Serve replaces it.
+    prefix_cache_bytes: device memory on each rank for what prompts that begin alike share, the least recently
+    used dropped first; `spts.cost.prefix_bytes` says what one takes, and a larger one is not kept. 0 = none.
     reference_cache_bytes: host memory for the dense distributions that followed requests are compared with,
     the least recently used dropped first. With 128,000 tokens in the vocabulary one followed token takes 512
     KB, so the default holds 1,048 of them; 0 = computed anew for every request.
@@ -59,6 +61,7 @@ class EngineConfig(Strict):
     step_timeout_s: float = Field(default=300.0, gt=0)
     max_restarts: int = Field(default=3, ge=0)
     heartbeat_timeout_s: float = Field(default=60.0, gt=0)
+    prefix_cache_bytes: int = Field(default=2**31, ge=0)
     reference_cache_bytes: int = Field(default=2**29, ge=0)
 
 

@@ -49,8 +49,9 @@ class Request:
 
     request_id: unique among the requests in flight. max_new_tokens: at least 1.
     deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
-    prefix_tokens: the first so many tokens are a text that other requests begin with too. What does not
-    depend on the tokens after them (every layer before the method's first_skip_layer) is kept for those.
+    prefix_tokens: the first so many tokens, fewer than all, are a text that other requests begin with too.
+    What does not depend on the tokens after them (every layer before the method's first_skip_layer) is kept
+    for those.
     activity_bins: into how many parts of the prompt to sum up what each layer computed (`Activity`); 0 = not
     asked for. ignore_eos: the model's own end tokens do not end the answer.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions

@@ -24,6 +24,7 @@ from spts.cache import RaggedCache
 from spts.errors import SptsError
 from spts.methods import Dense
 from spts.model import Prefill, PrefillState, SptsModel
+from spts.prefix import Prefix
 from spts.request import digest
 from spts.sampling import make_generator, sample, token_logprobs
 
@@ -54,6 +55,7 @@ class Stepper:
         self._rank = rank
         self._world_size = config.tensor_parallel_size
         self._references: Kept[Tensor] = Kept(config.reference_cache_bytes)
+        self._prefixes: Kept[Prefix] = Kept(config.prefix_cache_bytes)
         self._prefills: dict[str, Prefilling] = {}
         self._running: dict[str, Running] = {}
 
@@ -79,11 +81,14 @@ class Stepper:
 
     def _start(self, request: Request, answer: Answer) -> None:
         try:
+            prefix, keep_prefix = self._prefix(request)
             state = self._model.start_prefill(
                 request.token_ids,
                 request.method,
                 trace=request.activity_bins > 0,
                 max_new_tokens=request.max_new_tokens,
+                prefix=prefix,
+                keep_prefix=keep_prefix,
             )
         except SptsError as error:
             # The same on every rank: it depends on the request and the configuration alone.
@@ -92,6 +97,23 @@ class Stepper:
         # Before the request's own layers, so that neither holds memory while the other runs.
         dense_NV = self._reference(request) if request.follow else None
         self._prefills[request.request_id] = Prefilling(request=request, state=state, dense_NV=dense_NV)
+
+    def _prefix(self, request: Request) -> tuple[Prefix | None, int]:
+        """What is kept of the request's prefix, or how many tokens of it to keep for others. The same on
+        every rank: it follows from the requests so far and from sizes that all ranks share."""
+        num_tokens = request.prefix_tokens
+        depth = request.method.schedule_for(len(self._model.layers)).first_skip_layer
+        if num_tokens == 0 or depth == 0:
+            return None, 0
+        kept = self._prefixes.get((digest(request.token_ids[:num_tokens]), depth))
+        num_bytes = cost.prefix_bytes(
+            self._model.shape,
+            num_tokens,
+            depth,
+            dtype_bytes=self._model.dtype.itemsize,
+            world_size=self._world_size,
+        )
+        return kept, num_tokens if kept is None and num_bytes <= self._prefixes.max_bytes else 0
 
     def _advance(self, request_id: str, num_layers: int, answer: Answer) -> None:
         if request_id not in self._prefills:  # refused a moment ago
@@ -108,6 +130,8 @@ class Stepper:
             return
         assert state.result is not None
         del self._prefills[request_id]
+        if (kept := state.kept) is not None:
+            self._prefixes.put((kept.token_digest, kept.depth), kept, kept.num_bytes)
         if self._rank == 0:
             answer.prefilled = self._prefilled(request, state)
         if prefilling.dense_NV is not None:
@@ -187,6 +211,8 @@ class Stepper:
             dense_flops=cost.dense_flops(model.shape, num_tokens).total,
             dense_kv_bytes=cost.dense_kv_bytes(model.shape, num_tokens, model.dtype.itemsize),
             activity=summed_up(state.trace, num_tokens, request.activity_bins) if state.tracing else None,
+            reused_tokens=state.reused_tokens,
+            reused_flops=cost.reused_flops(model.shape, state.reused_tokens, state.schedule.first_skip_layer),
         )
 
 

@@ -52,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     args.add_argument("--channels", type=int, help="D_low, FFN channels a proxy keeps (default: F / 28)")
     args.add_argument("--rank", type=int, help="r, rank of a proxy's factors (default: 3/64 of the width)")
     args.add_argument(
+        "--top-share",
+        type=float,
+        default=0.2,
+        help="a channel counts by the mean over this share of its most salient tokens (1 = over all)",
+    )
+    args.add_argument(
         "--first-layer", type=int, help="first layer with a proxy (default: the schedule's first)"
     )
     args.add_argument(
@@ -248,7 +254,8 @@ def calibrate(args: argparse.Namespace) -> Verdict:
         f"{args.device}, {torch.get_num_threads()} threads",
         f"schedule   {describe_schedule(schedule)}; {speedup(bare.shape, work, size):.2f}x fewer FLOP "
         f"than dense at {args.tokens} tokens",
-        f"proxies    layers {first_layer}-{num_layers - 1}, {size.channels} channels, rank {size.rank}",
+        f"proxies    layers {first_layer}-{num_layers - 1}, {size.channels} channels, rank {size.rank}, "
+        f"channels chosen over the top {args.top_share:.0%} of tokens",
         f"text       fit on {sum(map(len, texts.fit))} tokens, "
         f"measure on {len(texts.measure)} x {args.tokens}"
         + ("" if texts.held_out else " (the same text: there is too little to hold some out)"),
@@ -267,6 +274,7 @@ def calibrate(args: argparse.Namespace) -> Verdict:
             first_layer=first_layer,
             channels=size.channels,
             rank=size.rank,
+            top_share=args.top_share,
             progress=advance,
         )
     proxies.save(out)
@@ -281,7 +289,7 @@ def calibrate(args: argparse.Namespace) -> Verdict:
             "fingerprint": model.fingerprint,
             "tokens": args.tokens,
             "schedule": schedule.to_dict(),
-            "proxy": asdict(size),
+            "proxy": {**asdict(size), "top_share": args.top_share},
             "texts": [
                 {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
                 for path in args.texts

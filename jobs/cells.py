@@ -16,7 +16,7 @@ from spts import loading
 from spts.architectures import max_context
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import ConfigError, ProxyError
-from spts.methods import METHODS, Method
+from spts.methods import Method, reads_proxies
 from spts.schedule import Schedule
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -86,7 +86,7 @@ def _plan_model(sweep: Sweep, source: str) -> ModelPlan:
     name = Path(source).name or folder.resolve().name
     fingerprint = loading.fingerprint(folder)
     tokenizer = _tokenizer_fingerprint(folder)
-    needs = any(METHODS[method.name].needs_proxies for method in sweep.methods)
+    needs = any(reads_proxies({"name": method.name}) for method in sweep.methods)
     proxies = _Proxies.read(folder, sweep.proxies, fingerprint) if needs else None
     return ModelPlan(
         name=name,

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from jobs.options import read_schedule
-from spts.cost import LayerWork, ModelShape, ProxyShape, kv_bytes, planned_work, prefill_flops
+from spts.cost import LayerWork, ModelShape, ProxyShape, kv_bytes, prefill_flops
 from spts.errors import ConfigError
 from spts.methods import Dense, Method, Random, Recency, Spts
 from spts.schedule import Schedule
@@ -118,12 +118,7 @@ def plan(
                 field="methods",
             )
     methods: list[Method] = [Dense(), *(makers[name]() for name in dict.fromkeys(names))]
-    work = {
-        each.name: planned_work(
-            each.schedule_for(shape.num_layers), length, probe=each.probes, proxy=each.needs_proxies
-        )
-        for each in methods
-    }
+    work = {each.name: each.planned_work(shape.num_layers, length) for each in methods}
     return Case(
         length=length,
         schedule=wanted,
@@ -201,12 +196,7 @@ def work_faults(case: Case, timed: Mapping[str, Timed], shape: ModelShape) -> li
     faults = []
     for method in case.methods:
         run = timed[method.name]
-        expected = planned_work(
-            method.schedule_for(shape.num_layers),
-            case.length,
-            probe=method.probes,
-            proxy=method.needs_proxies,
-        )
+        expected = method.planned_work(shape.num_layers, case.length)
         if list(run.work or ()) != expected:
             faults.append(f"{method.name} did other work than its schedule says")
         if run.kv_bytes != case.kv_bytes[method.name]:

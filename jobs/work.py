@@ -12,7 +12,7 @@ from jobs.cells import Cell, ModelPlan
 from jobs.record import CellRecord, PlannedSample, sample_key
 from jobs.tasks import Sample, get_task
 from jobs.tokens import PlainTokens
-from spts.cost import planned_work, prefill_flops
+from spts.cost import prefill_flops
 from spts.errors import ConfigError
 from spts.methods import Method
 
@@ -93,12 +93,7 @@ def _work(plan: ModelPlan, cell: Cell, sample: Sample, token_ids: tuple[int, ...
         context=sample.context,
     )
     method = cell.method
-    layers = planned_work(
-        method.schedule_for(plan.shape.num_layers),
-        len(token_ids),
-        probe=method.probes,
-        proxy=method.needs_proxies,
-    )
+    layers = method.planned_work(plan.shape.num_layers, len(token_ids))
     return Work(
         planned=planned,
         cell=cell.record,

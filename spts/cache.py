@@ -6,6 +6,8 @@ key/value heads on this rank, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,14 @@ class LayerCache:
 
     Example: a layer that computed the prompt tokens 0, 3 and 7 of 8 holds 3 rows; after two decoded tokens it
     holds 5, at the positions 0, 3, 7, 8, 9.
+
+    before: keys and values of the prompt's first tokens where another prompt has computed them; they are
+    copied in when the rest of the prompt is stored.
     """
 
-    def __init__(self, *, room_tokens: int) -> None:
+    def __init__(self, *, room_tokens: int, before: tuple[Tensor, Tensor] | None = None) -> None:
         self.room_tokens = room_tokens
+        self._before = before
         self.num_tokens = 0
         self.prompt_positions_P: Tensor | None = None
         self._keys_CKd: Tensor | None = None
@@ -27,15 +33,21 @@ class LayerCache:
     def fill(self, k_PKd: Tensor, v_PKd: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the prompt's rows and returns them as stored. Called once, by prefill."""
         assert self._keys_CKd is None, "a layer's prompt is stored once"
-        num_tokens, num_kv_heads, head_dim = k_PKd.shape
-        capacity = num_tokens + self.room_tokens
-        if self.room_tokens == 0:
+        before, self._before = self._before, None
+        num_before = 0 if before is None else before[0].shape[0]
+        num_tokens = num_before + k_PKd.shape[0]
+        if num_before == self.room_tokens == 0:
             self._keys_CKd, self._values_CKd = k_PKd, v_PKd
         else:
-            self._keys_CKd = k_PKd.new_empty(capacity, num_kv_heads, head_dim)
-            self._values_CKd = v_PKd.new_empty(capacity, num_kv_heads, head_dim)
-            self._keys_CKd[:num_tokens] = k_PKd
-            self._values_CKd[:num_tokens] = v_PKd
+            capacity = num_tokens + self.room_tokens
+            self._keys_CKd = k_PKd.new_empty(capacity, *k_PKd.shape[1:])
+            self._values_CKd = v_PKd.new_empty(capacity, *v_PKd.shape[1:])
+            if before is not None:
+                self._keys_CKd[:num_before], self._values_CKd[:num_before] = before
+                first = torch.arange(num_before, device=positions_P.device)
+                positions_P = torch.cat((first, positions_P))
+            self._keys_CKd[num_before:num_tokens] = k_PKd
+            self._values_CKd[num_before:num_tokens] = v_PKd
         self.num_tokens = num_tokens
         self.prompt_positions_P = positions_P
         return self.rows()
@@ -93,10 +105,23 @@ class LayerCache:
 
 
 class RaggedCache:
-    """One request's cache: a `LayerCache` per layer, and the position the next token will have."""
+    """One request's cache: a `LayerCache` per layer, and the position the next token will have.
 
-    def __init__(self, *, num_layers: int, prompt_tokens: int, room_tokens: int) -> None:
-        self.layers = [LayerCache(room_tokens=room_tokens) for _ in range(num_layers)]
+    before: of the first layers, what another prompt has computed of this one's first tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        prompt_tokens: int,
+        room_tokens: int,
+        before: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        self.layers = [
+            LayerCache(room_tokens=room_tokens, before=before[layer] if layer < len(before) else None)
+            for layer in range(num_layers)
+        ]
         self.prompt_tokens = prompt_tokens
         self.next_position = prompt_tokens
 

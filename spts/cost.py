@@ -106,23 +106,30 @@ class LayerWork:
     """What one layer did in a prefill, in tokens.
 
     candidates: tokens alive when it started. attention_tokens, ffn_tokens: those that ran each block.
-    probed: PAP ran, so K was projected for every candidate. proxied: the LTP proxy ran on every candidate.
+    probe_tokens: queries that PAP read, so K was projected for every candidate; 0 = it did not run. proxied:
+    the LTP proxy ran on every candidate.
     """
 
     candidates: int
     attention_tokens: int
     ffn_tokens: int
-    probed: bool
+    probe_tokens: int
     proxied: bool
+
+    @property
+    def probed(self) -> bool:
+        """Whether PAP ran."""
+        return self.probe_tokens > 0
 
 
 def planned_work(
-    schedule: Schedule, num_tokens: int, *, probe: bool = True, proxy: bool = True
+    schedule: Schedule, num_tokens: int, *, probe: int = 1, proxy: bool = True, skips_ffn: bool = True
 ) -> list[LayerWork]:
     """What each layer will do for a prompt of `num_tokens` tokens, in layer order.
 
-    probe, proxy: what the method reads (`Method.probes`, `Method.needs_proxies`). A layer whose budget covers
-    its candidates runs dense; it probes only if it has to cut the candidates, and never asks the proxy.
+    probe, proxy, skips_ffn: what the method reads and skips; `Method.planned_work` knows them. A layer whose
+    budget covers its candidates runs dense; it probes only if it has to cut the candidates, and never asks
+    the proxy.
 
     Worked example: 3 layers, first_skip_layer 1, stages (last_layer=1, active_tokens=40, keep_tokens=30) and
     (last_layer=2, active_tokens=40).
@@ -142,8 +149,8 @@ def planned_work(
             LayerWork(
                 candidates=candidates,
                 attention_tokens=active,
-                ffn_tokens=active,
-                probed=probe and (skips or cuts),
+                ffn_tokens=active if skips_ffn else candidates,
+                probe_tokens=min(probe, candidates) if skips or cuts else 0,
                 proxied=proxy and skips,
             )
         )
@@ -155,8 +162,8 @@ def planned_work(
 class LayerFlops:
     """FLOP of one layer by component.
 
-    key: of every candidate where the layer probed. probe: the last token's query and its product with the
-    candidates' keys. proxy: the LTP scores. All else: of the tokens that ran.
+    key: of every candidate where the layer probed. probe: the last tokens' queries and their products with
+    the candidates' keys up to their own. proxy: the LTP scores. All else: of the tokens that ran.
     """
 
     query: int
@@ -214,6 +221,8 @@ def _layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) -
     q_row = 2 * shape.hidden_size * shape.num_heads * shape.head_dim
     kv_row = 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
     attended = 2 * shape.num_heads * shape.head_dim
+    # Of Q queries at the end, the last sees every candidate and each before it one less.
+    probe_pairs = work.probe_tokens * work.candidates - work.probe_tokens * (work.probe_tokens - 1) // 2
     proxy_row = 0
     if work.proxied and proxy is not None:
         # D x 2r (gate and up share their input), r x D_low twice, D_low x r; r x D is never needed for a
@@ -225,7 +234,7 @@ def _layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) -
         value=kv_row * work.attention_tokens,
         output=q_row * work.attention_tokens,
         attention=attended * work.attention_tokens**2,
-        probe=q_row + attended * work.candidates if work.probed else 0,
+        probe=q_row * work.probe_tokens + attended * probe_pairs,
         proxy=proxy_row * work.candidates,
         ffn=6 * shape.hidden_size * shape.intermediate_size * work.ffn_tokens,
     )
@@ -234,6 +243,45 @@ def _layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) -
 def dense_flops(shape: ModelShape, num_tokens: int) -> Flops:
     """FLOP of a dense prefill of `num_tokens` tokens."""
     return prefill_flops(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens))
+
+
+def reused_flops(shape: ModelShape, prefix_tokens: int, depth: int) -> int:
+    """FLOP that a prefill does not do when the first `prefix_tokens` of its tokens are kept after `depth`
+    dense layers.
+
+    Of N tokens the last M = N - P then run. Their linear layers cost M rows instead of N. They attend to all
+    N tokens, 2 H d (N^2 - P^2) instead of 2 H d N^2. The difference is what the P tokens alone cost:
+
+        depth * (P * (4 D H d + 4 D Hk d + 6 D F) + 2 H d P^2)
+
+    Example: of one token of LLaMA-3.1-8B in one layer, 436 MFLOP.
+    """
+    require_int("prefix_tokens", prefix_tokens, minimum=0)
+    require_int("depth", depth, minimum=0)
+    if prefix_tokens == 0:
+        return 0
+    layer = LayerWork(
+        candidates=prefix_tokens,
+        attention_tokens=prefix_tokens,
+        ffn_tokens=prefix_tokens,
+        probe_tokens=0,
+        proxied=False,
+    )
+    return depth * _layer_flops(shape, layer, None).total
+
+
+def prefix_bytes(
+    shape: ModelShape, prefix_tokens: int, depth: int, *, dtype_bytes: int, world_size: int = 1
+) -> int:
+    """Bytes that each of `world_size` ranks keeps of a prefix: keys and values of `depth` layers, and the
+    rows that enter the next one, if there is one.
+
+    Example: 32,768 tokens of LLaMA-3.1-8B in bfloat16 on one rank are 1.5 GiB before layer 10 (the published
+    schedule), 4 GiB for all 32 layers.
+    """
+    row = 2 * depth * (shape.num_kv_heads // world_size) * shape.head_dim
+    row += shape.hidden_size if depth < shape.num_layers else 0
+    return prefix_tokens * row * dtype_bytes
 
 
 def speedup(shape: ModelShape, work: Sequence[LayerWork], proxy: ProxyShape | None = None) -> float:

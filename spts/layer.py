@@ -101,7 +101,7 @@ class DecoderLayer:
         num_kept = min(keep_tokens or num_candidates, num_candidates)
         skips, cuts = num_active < num_candidates, num_kept < num_candidates
         positions_T = stream.positions_T
-        signals = Signals(self, stream, probing=method.probes and (skips or cuts))
+        signals = Signals(self, stream, probes=method.probes if skips or cuts else 0)
 
         attention_M = ffn_M = None
         if skips:
@@ -109,8 +109,9 @@ class DecoderLayer:
                 method.attention_scores(signals), num_active, self.collective, recent=recent_tokens
             )
         self._attend(stream, signals, attention_M, cache)
-        if skips:
-            ffn_M = select(method.ffn_scores(signals), num_active, self.collective, recent=recent_tokens)
+        ffn_T = method.ffn_scores(signals) if skips else None
+        if ffn_T is not None:
+            ffn_M = select(ffn_T, num_active, self.collective, recent=recent_tokens)
         self._feed_forward(stream, signals, ffn_M)
         if cuts:
             stream.cut(select(method.prune_scores(signals), num_kept, self.collective, recent=recent_tokens))
@@ -118,8 +119,8 @@ class DecoderLayer:
         work = LayerWork(
             candidates=num_candidates,
             attention_tokens=num_active,
-            ffn_tokens=num_active,
-            probed=signals.probed,
+            ffn_tokens=num_candidates if ffn_M is None else num_active,
+            probe_tokens=signals.probe_tokens if signals.probed else 0,
             proxied=signals.scored_ffn,
         )
         if not trace:
@@ -132,12 +133,39 @@ class DecoderLayer:
             ffn_tokens=_take(positions_T, ffn_M).cpu(),
         )
 
+    def resume(
+        self, stream: Stream, cache: LayerCache, *, num_tokens: int, trace: bool
+    ) -> tuple[LayerWork, LayerTrace | None]:
+        """Runs the layer densely on the last rows of a prompt of `num_tokens`, in place; `cache` begins with
+        the others.
+
+        Answers as `prefill` would for the whole prompt: the work is that of all its tokens.
+        """
+        self.dense(stream, cache)
+        work = LayerWork(
+            candidates=num_tokens,
+            attention_tokens=num_tokens,
+            ffn_tokens=num_tokens,
+            probe_tokens=0,
+            proxied=False,
+        )
+        if not trace:
+            return work, None
+        everyone_T = torch.arange(num_tokens)
+        return work, LayerTrace(
+            layer=self.index,
+            candidates=everyone_T,
+            probe_scores=None,
+            attention_tokens=everyone_T,
+            ffn_tokens=everyone_T,
+        )
+
     def dense(self, stream: Stream, cache: LayerCache) -> Tensor:
         """Runs the layer on every row of `stream` (changed in place) and returns its FFN's input, [T, D].
 
         The rows are a whole prompt, or what comes after the tokens that `cache` holds.
         """
-        self._attend(stream, Signals(self, stream, probing=False), None, cache)
+        self._attend(stream, Signals(self, stream, probes=0), None, cache)
         y_TD = self.block.post_attention_layernorm(stream.x_TD)
         stream.x_TD.add_(self.feed_forward(y_TD))
         return y_TD
@@ -179,7 +207,7 @@ class DecoderLayer:
 
     def _attend(self, stream: Stream, signals: Signals, active_M: Tensor | None, cache: LayerCache) -> None:
         cos_Md, sin_Md = _take(stream.cos_Td, active_M), _take(stream.sin_Td, active_M)
-        if signals.probing:
+        if signals.probe_tokens:
             h_MD, k_MKd = (
                 _take(signals.attention_input(), active_M),
                 _take(signals.candidate_keys(), active_M),
@@ -206,8 +234,8 @@ class Signals:
     A method that never probes costs no keys of skipped tokens, one that never asks for FFN norms no proxy.
     """
 
-    def __init__(self, layer: DecoderLayer, stream: Stream, *, probing: bool) -> None:
-        self.probing = probing
+    def __init__(self, layer: DecoderLayer, stream: Stream, *, probes: int) -> None:
+        self.probe_tokens = min(probes, stream.x_TD.shape[0])
         self.attended = False
         self.positions = stream.positions_T
         self._layer = layer
@@ -229,14 +257,14 @@ class Signals:
         return self._ffn_norm_T is not None
 
     def attention(self) -> Tensor:
-        """PAP: head mean of the last token's attention over the candidates, float32 [T]."""
+        """PAP: mean attention over the candidates, of all heads and the last `probe_tokens`, float32 [T]."""
         if self._attention_T is None:
             layer, stream = self._layer, self._stream
-            assert self.probing, "a method that asks for attention scores declares probes = True"
-            last_1D = self.attention_input()[-1:]
-            q_1Hd = layer.queries(last_1D, stream.cos_Td[-1:], stream.sin_Td[-1:])
+            assert self.probe_tokens, "a method that asks for attention scores says so in `probes`"
+            last = slice(-self.probe_tokens, None)
+            q_QHd = layer.queries(self.attention_input()[last], stream.cos_Td[last], stream.sin_Td[last])
             self._attention_T = attention_scores(
-                q_1Hd[0],
+                q_QHd,
                 self.candidate_keys(),
                 scale=layer.scale,
                 num_heads=layer.num_heads,
@@ -248,7 +276,7 @@ class Signals:
         """LTP: the proxy's estimate of the norm of the FFN's output, float32 [T]."""
         if self._ffn_norm_T is None:
             layer = self._layer
-            assert layer.proxy is not None, "a method that asks for FFN norms declares needs_proxies = True"
+            assert layer.proxy is not None, "a method that asks for FFN norms says so in `needs_proxies`"
             self._ffn_norm_T = ffn_norms(
                 self.ffn_input(), layer.proxy, activation=layer.block.mlp.act_fn, collective=layer.collective
             )

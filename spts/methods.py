@@ -12,13 +12,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args
 
+from spts.cost import LayerWork, planned_work
 from spts.errors import ConfigError, check_keys, config_error, require_int
 from spts.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FfnScore = Literal["product", "attention", "dense"]
+FFN_SCORES: tuple[FfnScore, ...] = get_args(FfnScore)
 
 
 class Signals(Protocol):
@@ -29,7 +33,8 @@ class Signals(Protocol):
         """[T] int64, ascending: the candidates' positions in the prompt."""
 
     def attention(self) -> Tensor:
-        """[T] float32: head mean of the last token's attention over the candidates (PAP)."""
+        """[T] float32: mean attention over the candidates, of all heads and the method's `probes` last
+        candidates (PAP)."""
 
     def ffn_norm(self) -> Tensor:
         """[T] float32: the proxy's estimate of the norm of the FFN's output (LTP)."""
@@ -43,13 +48,38 @@ class Method(ABC):
     """One answer to "which candidates run here". Scores are [T] float32; the highest run, or stay candidates.
 
     name: its name in records, YAML and requests.
-    probes: it reads the attention probe, so K is projected for all candidates of a layer that chooses.
-    needs_proxies: it reads the FFN proxies, which have to be fitted for the model first.
     """
 
     name: ClassVar[str]
-    probes: ClassVar[bool] = False
-    needs_proxies: ClassVar[bool] = False
+
+    @property
+    def probes(self) -> int:
+        """Queries that the attention probe reads, those of the last candidates; K is then projected for all
+        candidates of a layer that chooses. 0 = it never asks for the probe."""
+        return 0
+
+    @property
+    def needs_proxies(self) -> bool:
+        """Whether it reads the FFN proxies, which have to be fitted for the model first."""
+        return False
+
+    @property
+    def skips_ffn(self) -> bool:
+        """Whether layers that skip choose tokens for the FFN too; else every candidate runs it."""
+        return True
+
+    def planned_work(self, num_layers: int, num_tokens: int) -> list[LayerWork]:
+        """What each layer of a model of that depth will do for a prompt of `num_tokens`; see `spts.cost`.
+
+        Raises ConfigError as `schedule_for` does.
+        """
+        return planned_work(
+            self.schedule_for(num_layers),
+            num_tokens,
+            probe=self.probes,
+            proxy=self.needs_proxies,
+            skips_ffn=self.skips_ffn,
+        )
 
     @abstractmethod
     def schedule_for(self, num_layers: int) -> Schedule:
@@ -63,8 +93,8 @@ class Method(ABC):
         """[T]: which tokens run this layer's attention."""
 
     @abstractmethod
-    def ffn_scores(self, signals: Signals) -> Tensor:
-        """[T]: which tokens run this layer's FFN."""
+    def ffn_scores(self, signals: Signals) -> Tensor | None:
+        """[T]: which tokens run this layer's FFN; None = all, of a method whose `skips_ffn` is False."""
 
     @abstractmethod
     def prune_scores(self, signals: Signals) -> Tensor:
@@ -131,23 +161,61 @@ class Spts(_Scheduled):
     Attention (PAP): S_mha[n] = mean over heads of softmax_n(q_last · K[n] / sqrt(d)).
     FFN (LTP): S_ffn[n] = ‖proxy(y[n])‖ · S_mha[n], so a token is skipped only if it is both unimportant and
     nearly unchanged. Pruning (MSDP): S_mha of the stage's last layer.
+
+    The defaults are the paper's method, the other values its ablations:
+    probe_tokens: S_mha is the mean over that many last candidates' queries, over all where there are fewer;
+        each sees the keys up to its own.
+    ffn_score: "product" as above; "attention" = S_mha alone, without proxies; "dense" = the FFN runs every
+        candidate, which leaves PAP alone.
+    Without MSDP is a schedule without keep_tokens.
     """
 
     name: ClassVar[str] = "spts"
-    probes: ClassVar[bool] = True
-    needs_proxies: ClassVar[bool] = True
+    probe_tokens: int = 1
+    ffn_score: FfnScore = "product"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int("probe_tokens", self.probe_tokens, minimum=1)
+        if self.ffn_score not in FFN_SCORES:
+            raise config_error(
+                "ffn_score", f"be one of {', '.join(FFN_SCORES)}", repr(self.ffn_score), "choose one of them"
+            )
+
+    @property
+    def probes(self) -> int:
+        """`probe_tokens`."""
+        return self.probe_tokens
+
+    @property
+    def needs_proxies(self) -> bool:
+        """Only for the product."""
+        return self.ffn_score == "product"
+
+    @property
+    def skips_ffn(self) -> bool:
+        """Unless the FFN is to stay dense."""
+        return self.ffn_score != "dense"
 
     def attention_scores(self, signals: Signals) -> Tensor:
         """S_mha of this layer."""
         return signals.attention()
 
-    def ffn_scores(self, signals: Signals) -> Tensor:
+    def ffn_scores(self, signals: Signals) -> Tensor | None:
         """S_ffn of this layer."""
+        if self.ffn_score == "dense":
+            return None
+        if self.ffn_score == "attention":
+            return signals.attention()
         return signals.ffn_norm() * signals.attention()
 
     def prune_scores(self, signals: Signals) -> Tensor:
         """S_mha of this layer, the freshest signal there is."""
         return signals.attention()
+
+    def to_dict(self) -> dict[str, object]:
+        """The name, the whole schedule and what of the paper's method is on."""
+        return {**super().to_dict(), "probe_tokens": self.probe_tokens, "ffn_score": self.ffn_score}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,3 +291,14 @@ def from_dict(data: Mapping[str, object]) -> Method:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"method.{error}", field=f"method.{error.field}") from None
+
+
+def reads_proxies(data: Mapping[str, object]) -> bool:
+    """Whether the method that `data` describes reads FFN proxies; its schedule need not be known yet.
+
+    Raises ConfigError as `from_dict` does.
+    """
+    cls = METHODS.get(str(data.get("name")), Dense)
+    if "schedule" in {field.name for field in fields(cls)}:
+        data = {**data, "schedule": Schedule.dense(1).to_dict()}
+    return from_dict(data).needs_proxies

@@ -20,8 +20,9 @@ from spts.cost import LayerWork, ModelShape
 from spts.errors import ModelError, ProxyError, RequestError
 from spts.layer import DecoderLayer, LayerTrace, Stream
 from spts.methods import Method
+from spts.prefix import Prefix
 from spts.proxy import Proxies
-from spts.request import check_tokens, check_vocabulary
+from spts.request import check_prefix_tokens, check_tokens, check_vocabulary
 from spts.sampling import Sampling, TokenLogprobs
 from spts.schedule import Schedule
 
@@ -52,13 +53,22 @@ class Generation:
 
 @dataclass(kw_only=True)
 class PrefillState:
-    """A prefill that has run `next_layer` layers; `result` is there when it has run all of them."""
+    """A prefill that has run `next_layer` layers; `result` is there when it has run all of them.
 
+    prefix: what its first layers begin with, if anything, until its rows have joined the others.
+    reused_tokens: of that prefix. kept: the copy of its own first `keep_prefix` tokens, once it is there.
+    """
+
+    token_ids: Sequence[int]
     method: Method
     schedule: Schedule
     stream: Stream
     cache: RaggedCache
     tracing: bool
+    prefix: Prefix | None = None
+    reused_tokens: int = 0
+    keep_prefix: int = 0
+    kept: Prefix | None = None
     next_layer: int = 0
     work: list[LayerWork] = field(default_factory=list)
     trace: list[LayerTrace] = field(default_factory=list)
@@ -144,18 +154,43 @@ class SptsModel:
 
     @torch.inference_mode()
     def start_prefill(
-        self, token_ids: Sequence[int], method: Method, *, trace: bool = False, max_new_tokens: int = 0
+        self,
+        token_ids: Sequence[int],
+        method: Method,
+        *,
+        trace: bool = False,
+        max_new_tokens: int = 0,
+        prefix: Prefix | None = None,
+        keep_prefix: int = 0,
     ) -> PrefillState:
-        """Checks a request and embeds its prompt; `advance` runs its layers. Raises as `prefill` does."""
+        """Checks a request and embeds its prompt; `advance` runs its layers. Raises as `prefill` does.
+
+        prefix: `state.kept` of a prompt that began with the same tokens, under any method that first skips in
+        the same layer; they are not computed again before that layer. keep_prefix: that many first tokens are
+        to be copied into `state.kept`, unless the method skips from the first layer on, which leaves nothing
+        to keep. Either leaves at least one token of the prompt, or RequestError (invalid_prefix) is raised.
+        """
         schedule = self.check(token_ids, method, max_new_tokens)
+        check_prefix_tokens(keep_prefix, token_ids)
+        reused_tokens = 0
+        if prefix is not None:
+            prefix.check(token_ids, depth=schedule.first_skip_layer, fingerprint=self.fingerprint)
+            reused_tokens = prefix.num_tokens
         return PrefillState(
+            token_ids=token_ids,
             method=method,
             schedule=schedule,
-            stream=self._embed(token_ids),
+            stream=self._embed(token_ids[reused_tokens:], first_position=reused_tokens),
             cache=RaggedCache(
-                num_layers=len(self.layers), prompt_tokens=len(token_ids), room_tokens=max_new_tokens
+                num_layers=len(self.layers),
+                prompt_tokens=len(token_ids),
+                room_tokens=max_new_tokens,
+                before=() if prefix is None else prefix.keys_values,
             ),
             tracing=trace,
+            prefix=prefix,
+            reused_tokens=reused_tokens,
+            keep_prefix=keep_prefix,
         )
 
     @torch.inference_mode()
@@ -163,18 +198,27 @@ class SptsModel:
         """Runs up to `num_layers` more layers of a prefill; True when `state.result` is there."""
         stop = min(state.next_layer + num_layers, len(self.layers))
         for layer in self.layers[state.next_layer : stop]:
-            work, trace = layer.prefill(
-                state.stream,
-                state.cache.layers[layer.index],
-                method=state.method,
-                active_tokens=state.schedule.active_tokens(layer.index),
-                keep_tokens=state.schedule.keep_tokens(layer.index),
-                recent_tokens=state.schedule.recent_tokens,
-                trace=state.tracing,
-            )
+            cache = state.cache.layers[layer.index]
+            if state.prefix is not None:
+                work, trace = layer.resume(
+                    state.stream, cache, num_tokens=len(state.token_ids), trace=state.tracing
+                )
+            else:
+                work, trace = layer.prefill(
+                    state.stream,
+                    cache,
+                    method=state.method,
+                    active_tokens=state.schedule.active_tokens(layer.index),
+                    keep_tokens=state.schedule.keep_tokens(layer.index),
+                    recent_tokens=state.schedule.recent_tokens,
+                    trace=state.tracing,
+                )
             state.work.append(work)
             if trace is not None:
                 state.trace.append(trace)
+            if layer.index + 1 == state.schedule.first_skip_layer:
+                self._join_prefix(state)
+                self._keep_prefix(state)
         state.next_layer = stop
         if stop == len(self.layers) and state.result is None:
             state.result = Prefill(
@@ -184,6 +228,23 @@ class SptsModel:
                 trace=state.trace if state.tracing else None,
             )
         return state.result is not None
+
+    def _join_prefix(self, state: PrefillState) -> None:
+        """Where layers begin to see all tokens at once, the prefix's rows come before those of the rest."""
+        prefix, state.prefix = state.prefix, None
+        if prefix is not None and prefix.x_PD is not None:
+            state.stream = self._stream(torch.cat((prefix.x_PD, state.stream.x_TD)))
+
+    def _keep_prefix(self, state: PrefillState) -> None:
+        depth = state.schedule.first_skip_layer
+        if state.keep_prefix:
+            state.kept = Prefix.copied(
+                state.token_ids[: state.keep_prefix],
+                depth=depth,
+                cache=state.cache,
+                x_ND=state.stream.x_TD if depth < len(self.layers) else None,
+                fingerprint=self.fingerprint,
+            )
 
     @torch.inference_mode()
     def decode_step(self, token_ids: Tensor, caches: Sequence[RaggedCache]) -> Tensor:
@@ -308,8 +369,10 @@ class SptsModel:
 
     def _embed(self, token_ids: Sequence[int], *, first_position: int = 0) -> Stream:
         ids_N = torch.tensor(token_ids, dtype=torch.int64, device=self.device)
-        positions_N = first_position + torch.arange(ids_N.shape[0], device=self.device)
-        x_ND = self._body.embed_tokens(ids_N)
+        return self._stream(self._body.embed_tokens(ids_N), first_position=first_position)
+
+    def _stream(self, x_ND: Tensor, *, first_position: int = 0) -> Stream:
+        positions_N = first_position + torch.arange(x_ND.shape[0], device=self.device)
         cos_Nd, sin_Nd = self._rotation(x_ND, positions_N)
         return Stream(x_TD=x_ND, positions_T=positions_N, cos_Td=cos_Nd, sin_Td=sin_Nd)
 

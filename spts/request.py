@@ -49,6 +49,17 @@ def check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> N
             )
 
 
+def check_prefix_tokens(prefix_tokens: int, token_ids: Sequence[int]) -> None:
+    """Raises RequestError, code invalid_prefix, unless the prompt goes on after so many tokens."""
+    if not 0 <= prefix_tokens < len(token_ids):
+        raise RequestError(
+            f"prefix_tokens must be at least 0 and below the prompt's {len(token_ids)} tokens, "
+            f"got {prefix_tokens}; leave at least the last token to the request",
+            code="invalid_prefix",
+            field="prefix_tokens",
+        )
+
+
 def digest(token_ids: Sequence[int]) -> str:
     """sha256 of token ids, in hexadecimal: a short name for a long text."""
     return hashlib.sha256(array("q", token_ids).tobytes()).hexdigest()

@@ -141,7 +141,7 @@ def run_dense(model: SptsModel, token_ids: Sequence[int]) -> DenseRun:
     attention: list[Tensor] = []
     correlation: list[float | None] = []
     for layer in model.layers:
-        attention.append(Signals(layer, stream, probing=True).attention())
+        attention.append(Signals(layer, stream, probes=1).attention())
         y_ND = layer.dense(stream, LayerCache(room_tokens=0))
         if layer.proxy is None:
             correlation.append(None)

@@ -64,6 +64,7 @@ class FakeShard:
         self._layers_left: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
         self._answers: dict[str, list[int]] = {}
+        self._prefixes: set[tuple[object, ...]] = set()
 
     def host(self) -> tuple[str, int]:
         return ("127.0.0.1", 0)
@@ -128,13 +129,12 @@ class FakeShard:
     def _prefilled(self, request: Request) -> Prefilled:
         num_tokens = len(request.token_ids)
         method = request.method
-        work = cost.planned_work(
-            method.schedule_for(SHAPE.num_layers),
-            num_tokens,
-            probe=method.probes,
-            proxy=method.needs_proxies,
-        )
+        work = method.planned_work(SHAPE.num_layers, num_tokens)
         proxy = cost.ProxyShape(channels=48, rank=16)
+        depth = method.schedule_for(SHAPE.num_layers).first_skip_layer
+        prefix = (request.token_ids[: request.prefix_tokens], depth)
+        reused_tokens = request.prefix_tokens if prefix in self._prefixes else 0
+        self._prefixes.add(prefix)
         return Prefilled(
             request_id=request.request_id,
             work=tuple(work),
@@ -143,6 +143,8 @@ class FakeShard:
             flops=cost.prefill_flops(SHAPE, work, proxy).total,
             dense_flops=cost.dense_flops(SHAPE, num_tokens).total,
             dense_kv_bytes=cost.dense_kv_bytes(SHAPE, num_tokens, 4),
+            reused_tokens=reused_tokens,
+            reused_flops=cost.reused_flops(SHAPE, reused_tokens, depth),
         )
 
 

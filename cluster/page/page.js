@@ -134,17 +134,21 @@ function picture(side, activity, promptTokens) {
   pen.restore();
   pen.fillText("token 0", left + 40, height + 14);
   pen.fillText(promptTokens.toLocaleString("en"), left + width, height + 14);
-  figure.querySelector("figcaption").textContent =
-    "Which parts of the prompt ran attention, layer by layer; pale = skipped. Point at a place to read it.";
+  const caption = figure.querySelector("figcaption");
+  canvas.onpointerleave = () => {
+    caption.textContent =
+      "Which parts of the prompt ran attention, layer by layer; pale = skipped. Point at a place to read it.";
+  };
+  canvas.onpointerleave();
   canvas.onpointermove = (event) => {
     const bin = Math.floor((event.offsetX - left) / cell[0]);
     const layer = Math.min(rows.length - 1, Math.floor(event.offsetY / cell[1]));
     if (bin < 0 || bin >= rows[0].length || layer < 0) return;
     const at = Math.floor(shown.length * bin / rows[0].length);
-    $("where").textContent = `${side.id === "spts" ? "SPTS" : "dense"}, layer ${layer}: ` +
-      `${rows[layer][bin]} % of the tokens here ran attention, ${activity.ffn[layer][bin]} % the FFN. About here:`;
-    $("excerpt").textContent = shown.slice(at, at + Math.ceil(shown.length / rows[0].length) + 60);
-    $("place").hidden = false;
+    const excerpt = document.createElement("q");
+    excerpt.textContent = shown.slice(at, at + Math.ceil(shown.length / rows[0].length) + 60);
+    caption.replaceChildren(`Layer ${layer}: ${rows[layer][bin]} % of the tokens here ran attention, ` +
+      `${activity.ffn[layer][bin]} % the FFN. About here: `, excerpt);
   };
 }
 
@@ -212,7 +216,7 @@ $("ask").onsubmit = async (event) => {
   event.preventDefault();
   if ($("run").disabled) return; // it is asking already
   problem("");
-  $("verdict").hidden = $("place").hidden = true;
+  $("verdict").hidden = true;
   const [text, question] = [$("document").value, $("question").value.trim()];
   if (!question) return problem("Write a question first.");
   $("run").disabled = true;

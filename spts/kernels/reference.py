@@ -1,7 +1,7 @@
 """Every operation of a layer in plain torch: what a kernel must equal, and what runs where there is none.
 
-Legend: T candidates, M active, D width, H query heads on this rank, K key/value heads on this rank, d head
-size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a cache.
+Legend: T candidates, M active, Q probing queries, D width, H query heads on this rank, K key/value heads on
+this rank, d head size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a cache.
 """
 
 from __future__ import annotations
@@ -44,6 +44,23 @@ def last_query_probe(q_Hd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
     return logits_KGT.softmax(dim=-1).view(-1, num_tokens).sum(dim=0)
 
 
+def last_queries_probe(q_QHd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
+    """Attention of the last Q of T tokens on every key, summed over heads and queries: float32 [T].
+
+    As `last_query_probe` for each query, which sees the keys up to its own: query i the first T - Q + 1 + i.
+
+    Example: one head, d = 1, Q = 2 queries [1], [1] over keys [0, 0, ln 2], scale 1: the first sees two keys
+    (0.5, 0.5, 0), the second three (0.25, 0.25, 0.5); the sum is [0.75, 0.75, 0.5].
+    """
+    num_queries, (num_tokens, num_kv_heads, head_dim) = q_QHd.shape[0], k_TKd.shape
+    q_KQGd = q_QHd.view(num_queries, num_kv_heads, -1, head_dim).transpose(0, 1)
+    logits_KRT = torch.matmul(q_KQGd.flatten(1, 2), k_TKd.permute(1, 2, 0)).float().mul_(scale)
+    logits_KQGT = logits_KRT.view(num_kv_heads, num_queries, -1, num_tokens)
+    place_T = torch.arange(num_tokens, device=k_TKd.device)
+    later_Q1T = place_T > place_T[-num_queries:].view(-1, 1, 1)
+    return logits_KQGT.masked_fill_(later_Q1T, -torch.inf).softmax(dim=-1).sum(dim=(0, 1, 2))
+
+
 def low_rank_norm(
     y_TD: Tensor,
     first_D2r: Tensor,
@@ -60,7 +77,9 @@ def low_rank_norm(
     rank = gate_rC.shape[0]
     factors_T2r = y_TD @ first_D2r
     gated_TC = activation(factors_T2r[:, :rank] @ gate_rC).mul_(factors_T2r[:, rank:] @ up_rC)
-    return torch.linalg.vector_norm(gated_TC @ down_Cr, dim=-1, dtype=torch.float32)
+    out_Tr = gated_TC @ down_Cr
+    summed_in = torch.promote_types(out_Tr.dtype, torch.float32)  # never narrower than its input
+    return torch.linalg.vector_norm(out_Tr, dim=-1, dtype=summed_in).float()
 
 
 def gather_rows(x_TD: Tensor, index_M: Tensor) -> Tensor:

@@ -211,6 +211,16 @@ async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it()
     )
 
 
+async def test_a_result_says_what_was_reused():
+    async with started() as engine:
+        first, then = [
+            await engine.run(request(token_ids=(1, 2, 3, last), prefix_tokens=3)) for last in (4, 5)
+        ]
+    assert (first.reused_tokens, first.reused_flops) == (0, 0)
+    assert then.reused_tokens == 3
+    assert 0 < then.reused_flops < then.flops == first.flops
+
+
 async def test_a_result_without_anything_to_follow_has_no_agreement():
     async with started() as engine:
         assert (await engine.run(request())).agreement is None

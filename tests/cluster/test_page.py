@@ -165,8 +165,8 @@ class TestInABrowser:
         tab.value(f"{box}.top > innerHeight && document.querySelector('#spts canvas').scrollIntoView()")
         x, y = tab.value(f"[{box}.left + {box}.width / 2, {box}.top + 20]")
         tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        tab.wait("!$('place').hidden")
-        assert re.search(r"SPTS, layer \d+: 100 % of the tokens here ran attention", tab.text())
-        assert tab.value("$('excerpt').textContent") in tab.value("shown")
+        tab.wait("document.querySelector('#spts q') !== null")
+        assert re.search(r"Layer \d+: 100 % of the tokens here ran attention", tab.text())
+        assert tab.value("document.querySelector('#spts q').textContent") in tab.value("shown")
         tab.picture(PICTURES / "page-place.png")
         assert tab.faults == []

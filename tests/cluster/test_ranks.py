@@ -29,6 +29,10 @@ from tests.cluster.tracing import TracingShard
 
 METHODS = [Dense(), Spts(schedule=SCHEDULE), Random(schedule=SCHEDULE, seed=3), Recency(schedule=SCHEDULE)]
 NAMES = [method.name for method in METHODS]
+ABLATIONS = [
+    Spts(schedule=SCHEDULE, probe_tokens=4, ffn_score="attention"),
+    Spts(schedule=SCHEDULE, probe_tokens=64, ffn_score="dense"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ async def test_one_rank_builds_no_process_group_and_nobody_compiles(ranks):
 
 
 @in_module_loop
-@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+@pytest.mark.parametrize("method", [*METHODS, *ABLATIONS], ids=[*NAMES, "spts-4-attention", "spts-64-dense"])
 @pytest.mark.parametrize("length", [1, 63, 100, 500])
 async def test_ranks_choose_the_same_tokens_at_every_layer_and_agree_in_logits(ranks, whole, method, length):
     token_ids = prompt(length, seed=length)
@@ -161,6 +165,44 @@ async def test_followed_tokens_are_compared_with_the_dense_model(ranks, whole, m
     else:
         assert max(each.kl for each in miss.agreement) > 1e-3
     assert list((await busy).token_ids) == whole.generate(prompt(60, seed=3), METHODS[1], 40).token_ids
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+async def test_requests_that_begin_alike_compute_their_beginning_once(ranks, whole, method):
+    shared = prompt(140, seed=11)
+    sent = [
+        request(f"r{i}", (*shared, *prompt(5 + 20 * i, seed=i)), method, 12, prefix_tokens=140)
+        for i in range(4)
+    ]
+    busy = asyncio.create_task(ranks.engine.run(request("busy", prompt(60, seed=3), METHODS[1], 60)))
+    first = await ranks.engine.run(sent[0])
+    rest = await asyncio.gather(*(ranks.engine.run(each) for each in sent[1:]))
+    depth = method.schedule_for(NUM_LAYERS).first_skip_layer
+    # Methods that share a schedule share prefixes: the first of them has paid already.
+    assert first.reused_tokens in ((0,) if method.name in ("dense", "spts") else (0, 140))
+    for each, result in zip(sent, [first, *rest], strict=True):
+        alone = whole.generate(each.token_ids, method, 12)
+        assert list(result.token_ids) == alone.token_ids
+        assert list(result.work) == alone.prefill.work
+        assert result.kv_bytes == spts.cost.kv_bytes(whole.shape, alone.prefill.work, 4)
+        assert result.reused_flops == spts.cost.reused_flops(whole.shape, result.reused_tokens, depth)
+    assert [result.reused_tokens for result in rest] == [140] * 3
+    assert list((await busy).token_ids) == whole.generate(prompt(60, seed=3), METHODS[1], 60).token_ids
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+async def test_ranks_choose_the_same_tokens_on_a_prefix_as_without(ranks, whole, method):
+    token_ids = prompt(200, seed=12)
+    expected = whole.prefill(token_ids, method, trace=True)
+    for answer in ranks.ask("trace", token_ids, method, 150):
+        assert answer["reused_tokens"] == 150
+        for got, want in zip(answer["layers"], expected.trace, strict=True):
+            assert got["candidates"] == want.candidates.tolist()
+            assert got["attention"] == want.attention_tokens.tolist()
+            assert got["ffn"] == want.ffn_tokens.tolist()
+        np.testing.assert_allclose(answer["logits"], expected.logits.numpy(), atol=2e-5, rtol=2e-5)
 
 
 @in_module_loop

@@ -11,8 +11,10 @@ import spts
 from cluster.config import EngineConfig
 from cluster.protocol import Request, Step, StepOutput
 from cluster.stepper import Answer, Prefilling, Running, Stepper
+from spts import cost
 from spts.cache import RaggedCache
-from spts.methods import Dense, Method, Spts
+from spts.methods import Dense, Method, Recency, Spts
+from spts.request import digest
 from spts.sampling import Sampling
 from tests.cluster.tiny import NUM_LAYERS, SCHEDULE
 
@@ -79,6 +81,74 @@ def test_ranks_that_choose_nothing_still_compute_and_count_the_reference(model):
     run(first, sent)
     assert other.step(Step(start=sent, advance=("a", NUM_LAYERS))) is None
     assert first._references.num_bytes == other._references.num_bytes == 3 * model.vocab_size * 4
+
+
+def test_a_prefix_is_reused_and_counted(model):
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+    shared = prompt(100)
+    first, then, other = (
+        run(stepper, request(shared + prompt(30), SPTS, prefix_tokens=100), layers=layers)
+        for layers in (1, 2, 3)
+    )
+    assert [_reused(each) for each in (first, then, other)] == [0, 100, 100]
+    assert first.prefilled is not None
+    assert then.prefilled is not None
+    assert first.prefilled.reused_flops == 0
+    assert then.prefilled.reused_flops == cost.reused_flops(model.shape, 100, SCHEDULE.first_skip_layer)
+    same = ("work", "kv_tokens", "kv_bytes", "flops", "dense_flops", "dense_kv_bytes")
+    assert all(getattr(first.prefilled, name) == getattr(then.prefilled, name) for name in same)
+    assert _reused(run(stepper, request([*shared, 1], SPTS))) == 0, "only if it is asked for"
+    assert _reused(run(stepper, request([*shared, 1], SPTS, prefix_tokens=99))) == 0, "only the same tokens"
+    assert _reused(run(stepper, request([*shared, 1], Dense(), prefix_tokens=100))) == 0, "and the same depth"
+    assert _reused(run(stepper, request([*shared, 1], Recency(schedule=SCHEDULE), prefix_tokens=100))) == 100
+
+
+def _reused(output: StepOutput) -> int:
+    assert output.prefilled is not None
+    return output.prefilled.reused_tokens
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_prefixes_are_kept_within_their_bytes(model, rank):
+    depth = SCHEDULE.first_skip_layer
+    one = cost.prefix_bytes(model.shape, 50, depth, dtype_bytes=4)
+    stepper = Stepper(model, EngineConfig(model="tiny", prefix_cache_bytes=2 * one + 1), rank)
+    texts = [prompt(50) for _ in range(3)]
+    for text in (texts[0], texts[1], texts[0], texts[2]):
+        _prefill(stepper, request([*text, 5], SPTS, prefix_tokens=50))
+    assert stepper._prefixes.num_bytes == 2 * one
+    kept = [stepper._prefixes.get((digest(text), depth)) is not None for text in texts]
+    assert kept == [True, False, True]
+    _prefill(stepper, request(prompt(120), SPTS, prefix_tokens=110))
+    assert stepper._prefixes.num_bytes == 2 * one, "one that is larger than all the room is not kept"
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100])
+def test_without_room_nothing_is_kept_and_answers_are_as_ever(model, kept_bytes):
+    stepper = Stepper(model, EngineConfig(model="tiny", prefix_cache_bytes=kept_bytes), 0)
+    token_ids = prompt(80)
+    alone = run(stepper, request(token_ids, SPTS))
+    for _ in range(2):
+        state = stepper.step(Step(start=request(token_ids, SPTS, prefix_tokens=60), advance=("a", 6)))
+        assert state is not None
+        assert state.tokens == alone.tokens
+        assert _reused(state) == 0
+    assert stepper._prefixes.num_bytes == 0
+
+
+def test_a_prefill_that_is_released_halfway_leaves_its_prefix_out(model):
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+    sent = request(prompt(80), SPTS, prefix_tokens=60)
+    stepper.step(Step(start=sent, advance=("a", 3)))
+    stepper.step(Step(release=("a",)))
+    assert stepper._prefixes.num_bytes == 0
+    assert _reused(run(stepper, sent)) == 0
+    assert _reused(run(stepper, sent)) == 60
+
+
+def _prefill(stepper: Stepper, sent: Request) -> None:
+    stepper.step(Step(start=sent, advance=(sent.request_id, NUM_LAYERS)))
+    stepper.step(Step(release=(sent.request_id,)))
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(model):

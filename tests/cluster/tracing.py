@@ -13,11 +13,23 @@ from spts.methods import Method
 class TracingShard(Shard):
     """`cluster.shard.Shard` with its choices, its process and its process group laid open."""
 
-    def trace(self, token_ids: tuple[int, ...], method: Method) -> dict[str, Any]:
-        """The logits [V] of a prefill, and per layer the positions chosen, as plain lists."""
-        prefill = self._loaded.prefill(token_ids, method, trace=True)
+    def trace(self, token_ids: tuple[int, ...], method: Method, prefix_tokens: int = 0) -> dict[str, Any]:
+        """The logits [V] of a prefill, and per layer the positions chosen, as plain lists.
+
+        prefix_tokens: that many first tokens come from another prompt's prefill.
+        """
+        model, prefix = self._loaded, None
+        if prefix_tokens:
+            other = model.start_prefill((*token_ids[:prefix_tokens], 1), method, keep_prefix=prefix_tokens)
+            model.advance(other, len(model.layers))
+            prefix = other.kept
+        state = model.start_prefill(token_ids, method, trace=True, prefix=prefix)
+        model.advance(state, len(model.layers))
+        prefill = state.result
+        assert prefill is not None
         assert prefill.trace is not None
         return {
+            "reused_tokens": state.reused_tokens,
             "logits": prefill.logits.tolist(),
             "layers": [
                 {

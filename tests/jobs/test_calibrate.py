@@ -43,7 +43,7 @@ def test_proxies_and_report_are_written_and_used(folder, text, tmp_path, capsys)
     report = json.loads((out / "calibration.json").read_text())
     model = spts.load(folder, proxies=out)
     assert report["fingerprint"] == model.fingerprint
-    assert report["proxy"] == {"channels": 24, "rank": 8}
+    assert report["proxy"] == {"channels": 24, "rank": 8, "top_share": 0.2}
     assert report["held_out"] is True
     assert report["texts"] == [{"name": "text.txt", "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}]
     assert [row["layer"] for row in report["safety"]["layers"]] == list(range(NUM_LAYERS))
@@ -62,6 +62,22 @@ def test_proxies_and_report_are_written_and_used(folder, text, tmp_path, capsys)
         "proxies.json",
         "proxies.safetensors",
     ]
+
+
+def test_the_top_share_chooses_channels_and_is_recorded(folder, text, tmp_path, capsys):
+    schedule, weights = schedule_file(tmp_path / "s.yaml", 12), []
+    for name, more in (("paper", ()), ("mean", ("--top-share", "1.0"))):
+        out = tmp_path / name
+        assert run(folder, text, out, "--schedule", schedule, *more) == 0
+        manifest = json.loads((out / "proxies.json").read_text())
+        assert manifest["top_share"] == (float(more[1]) if more else 0.2)
+        assert (
+            json.loads((out / "calibration.json").read_text())["proxy"]["top_share"] == manifest["top_share"]
+        )
+        weights.append((out / "proxies.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+    assert run(folder, text, tmp_path / "none", "--schedule", schedule, "--top-share", "0") == 2
+    assert "top_share must be in (0, 1], got 0.0" in capsys.readouterr().err
 
 
 def test_a_full_budget_is_safe(folder, text, tmp_path, capsys):

@@ -52,7 +52,14 @@ class MaskedReference:
 
     @torch.no_grad()
     def run(
-        self, token_ids: Sequence[int], schedule: Schedule, trace: Sequence[LayerTrace], method: str
+        self,
+        token_ids: Sequence[int],
+        schedule: Schedule,
+        trace: Sequence[LayerTrace],
+        method: str,
+        *,
+        probe_tokens: int = 1,
+        ffn_score: str = "product",
     ) -> Reference:
         """Replays the choices in `trace` and asserts of each: size, order, last token, top of the scores."""
         num_tokens = len(token_ids)
@@ -66,7 +73,7 @@ class MaskedReference:
             assert chosen.candidates.tolist() == alive_N.nonzero().flatten().tolist()
             h_ND = self._norm(block.input_layernorm, x_ND)
             q_NHd, k_NKd, v_NKd = self._project(block.self_attn, h_ND)
-            probe_N = self._probe(q_NHd[-1], k_NKd, alive_N)
+            probe_N = self._probe(q_NHd, k_NKd, alive_N, probe_tokens)
             attends_N = self._chosen(chosen.attention_tokens, alive_N, schedule.active_tokens(index), recent)
             scores_N = probe_N if method == "spts" else torch.arange(num_tokens, dtype=torch.float64)
             if method != "random":
@@ -74,10 +81,11 @@ class MaskedReference:
             x_ND = x_ND + self._attention(block.self_attn, q_NHd, k_NKd, v_NKd, attends_N)
 
             y_ND = self._norm(block.post_attention_layernorm, x_ND)
-            feeds_N = self._chosen(chosen.ffn_tokens, alive_N, schedule.active_tokens(index), recent)
+            fed = None if ffn_score == "dense" else schedule.active_tokens(index)
+            feeds_N = self._chosen(chosen.ffn_tokens, alive_N, fed, recent)
             ffn_N = None
             if method == "spts" and feeds_N.sum() < alive_N.sum():
-                ffn_N = probe_N * self._proxy_norm(index, block.mlp, y_ND)
+                ffn_N = probe_N * (self._proxy_norm(index, block.mlp, y_ND) if ffn_score == "product" else 1)
                 _assert_top(ffn_N, feeds_N, alive_N, recent)
             elif method == "recency":
                 _assert_top(scores_N, feeds_N, alive_N, recent)
@@ -163,13 +171,16 @@ class MaskedReference:
             q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         return self._rotate(q, first_position), self._rotate(k, first_position), v
 
-    def _probe(self, q_Hd: Tensor, k_NKd: Tensor, alive_N: Tensor) -> Tensor:
+    def _probe(self, q_NHd: Tensor, k_NKd: Tensor, alive_N: Tensor, num_queries: int) -> Tensor:
         total_N = torch.zeros(k_NKd.shape[0], dtype=torch.float64)
-        group = q_Hd.shape[0] // k_NKd.shape[1]
-        for head, q_d in enumerate(q_Hd):
-            logits_N = (k_NKd[:, head // group] @ q_d) / self.head_dim**0.5
-            total_N += logits_N.masked_fill(~alive_N, -torch.inf).softmax(dim=-1)
-        return total_N / q_Hd.shape[0]
+        group = q_NHd.shape[1] // k_NKd.shape[1]
+        asking = alive_N.nonzero().flatten()[-num_queries:].tolist()
+        for query in asking:
+            visible_N = alive_N & (torch.arange(len(alive_N)) <= query)
+            for head, q_d in enumerate(q_NHd[query]):
+                logits_N = (k_NKd[:, head // group] @ q_d) / self.head_dim**0.5
+                total_N += logits_N.masked_fill(~visible_N, -torch.inf).softmax(dim=-1)
+        return total_N / (q_NHd.shape[1] * len(asking))
 
     def _attention(self, attention: Any, q: Tensor, k: Tensor, v: Tensor, active_N: Tensor) -> Tensor:
         num_tokens, num_heads = q.shape[:2]

@@ -49,11 +49,13 @@ TINY_PROXY = ProxyShape(channels=11, rank=3)
 K = 1024
 
 
-def _work(
-    candidates: int, attention: int, ffn: int, *, probed: bool = False, proxied: bool = False
-) -> LayerWork:
+def _work(candidates: int, attention: int, ffn: int, *, probed: int = 0, proxied: bool = False) -> LayerWork:
     return LayerWork(
-        candidates=candidates, attention_tokens=attention, ffn_tokens=ffn, probed=probed, proxied=proxied
+        candidates=candidates,
+        attention_tokens=attention,
+        ffn_tokens=ffn,
+        probe_tokens=int(probed),
+        proxied=proxied,
     )
 
 
@@ -120,10 +122,7 @@ def test_published_ablation_at_32k():
         num_layers=32, first_skip_layer=10, stages=(Stage(last_layer=31, active_tokens=9 * K),)
     )
     both = planned_work(constant, 32 * K)
-    attention_only = [
-        _work(layer.candidates, layer.attention_tokens, layer.candidates, probed=layer.probed)
-        for layer in both
-    ]
+    attention_only = planned_work(constant, 32 * K, proxy=False, skips_ffn=False)
     assert speedup(LLAMA, attention_only) == pytest.approx(1.42, abs=0.005)
     assert speedup(LLAMA, both, LLAMA_PROXY) == pytest.approx(2.16, abs=0.005)
 
@@ -151,10 +150,12 @@ def _counted(shape: ModelShape, work: LayerWork, proxy: ProxyShape) -> dict[str,
     k_TKd = count("key", lambda: (x_TD if work.probed else x_MD) @ w_kv)
     k_HTd = heads(k_TKd, shape.num_kv_heads).repeat_interleave(groups, 0)
 
-    def probe():
-        return torch.bmm(heads(x_TD[-1:] @ w_q, h), k_HTd.transpose(1, 2)).softmax(-1).mean((0, 1))
+    def probe():  # query by query, each over the keys up to its own
+        for place in range(work.candidates - work.probe_tokens, work.candidates):
+            q_H1d = heads(x_TD[place : place + 1] @ w_q, h)
+            torch.bmm(q_H1d, k_HTd[:, : place + 1].transpose(1, 2)).softmax(-1)
 
-    count("probe", probe if work.probed else lambda: None)
+    count("probe", probe)
     q_HMd = heads(count("query", lambda: x_MD @ w_q), h)
     v_HMd = heads(count("value", lambda: x_MD @ w_kv), shape.num_kv_heads).repeat_interleave(groups, 0)
     k_HMd = k_HTd[:, : work.attention_tokens]
@@ -174,14 +175,17 @@ def _counted(shape: ModelShape, work: LayerWork, proxy: ProxyShape) -> dict[str,
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 63, 500])
-@pytest.mark.parametrize(("probe", "proxy"), [(True, True), (True, False), (False, False)])
-def test_components_equal_what_torch_counts(num_tokens, probe, proxy):
+@pytest.mark.parametrize(
+    ("probe", "proxy", "skips_ffn"),
+    [(1, True, True), (1, False, True), (0, False, True), (4, False, False), (64, True, True)],
+)
+def test_components_equal_what_torch_counts(num_tokens, probe, proxy, skips_ffn):
     schedule = Schedule(
         num_layers=3,
         first_skip_layer=1,
         stages=(Stage(last_layer=1, active_tokens=41, keep_tokens=37), Stage(last_layer=2, active_tokens=19)),
     )
-    work = planned_work(schedule, num_tokens, probe=probe, proxy=proxy)
+    work = planned_work(schedule, num_tokens, probe=probe, proxy=proxy, skips_ffn=skips_ffn)
     flops = prefill_flops(TINY, work, TINY_PROXY)
     for layer, done in zip(flops.layers, work, strict=True):
         counted = _counted(TINY, done, TINY_PROXY)
@@ -202,8 +206,18 @@ def test_a_prompt_within_every_budget_costs_what_dense_costs(num_tokens):
     assert speedup(LLAMA, work) == 1
 
 
+def test_a_probe_has_no_more_queries_than_there_are_candidates():
+    schedule = Schedule(
+        num_layers=3,
+        first_skip_layer=1,
+        stages=(Stage(last_layer=1, active_tokens=41, keep_tokens=37), Stage(last_layer=2, active_tokens=19)),
+    )
+    assert [layer.probe_tokens for layer in planned_work(schedule, 500, probe=64)] == [0, 64, 37]
+    assert [layer.probe_tokens for layer in planned_work(schedule, 10, probe=64)] == [0, 0, 0]
+
+
 def test_controls_pay_for_no_signal():
-    plan = planned_work(LLAMA_SCHEDULE, 32 * K, probe=False, proxy=False)
+    plan = planned_work(LLAMA_SCHEDULE, 32 * K, probe=0, proxy=False)
     control = prefill_flops(LLAMA, plan)
     assert control.by_component["probe"] == control.by_component["proxy"] == 0
     for layer in control.layers:

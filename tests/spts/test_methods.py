@@ -24,6 +24,9 @@ ALL: list[Method] = [
     Spts(schedule=SCHEDULE),
     Random(schedule=SCHEDULE, seed=7),
     Recency(schedule=SCHEDULE),
+    Spts(schedule=SCHEDULE, probe_tokens=64),
+    Spts(schedule=SCHEDULE, ffn_score="attention"),
+    Spts(schedule=SCHEDULE, ffn_score="dense"),
 ]
 
 
@@ -53,9 +56,64 @@ def test_spts_scores():
     signals = FakeSignals(63)
     method = Spts(schedule=SCHEDULE)
     assert torch.equal(method.attention_scores(signals), signals.attention_T)
-    assert torch.equal(method.ffn_scores(signals), signals.norm_T * signals.attention_T)
+    ffn_T = method.ffn_scores(signals)
+    assert ffn_T is not None
+    assert torch.equal(ffn_T, signals.norm_T * signals.attention_T)
     assert torch.equal(method.prune_scores(signals), signals.attention_T)
-    assert (method.probes, method.needs_proxies) == (True, True)
+    assert (method.probes, method.needs_proxies, method.skips_ffn) == (1, True, True)
+
+
+def test_the_ffn_by_attention_alone_asks_for_no_proxy():
+    signals = FakeSignals(63)
+    method = Spts(schedule=SCHEDULE, probe_tokens=4, ffn_score="attention")
+    for question in (method.attention_scores, method.ffn_scores, method.prune_scores):
+        scores_T = question(signals)
+        assert scores_T is not None
+        assert torch.equal(scores_T, signals.attention_T)
+    assert "ffn_norm" not in signals.asked
+    assert (method.probes, method.needs_proxies, method.skips_ffn) == (4, False, True)
+
+
+def test_a_dense_ffn_chooses_nothing():
+    signals = FakeSignals(63)
+    method = Spts(schedule=SCHEDULE, ffn_score="dense")
+    assert method.ffn_scores(signals) is None
+    assert signals.asked == []
+    assert (method.probes, method.needs_proxies, method.skips_ffn) == (1, False, False)
+
+
+def test_defaults_are_the_papers_and_are_recorded():
+    data = Spts(schedule=SCHEDULE).to_dict()
+    assert data == {
+        "name": "spts",
+        "schedule": SCHEDULE.to_dict(),
+        "probe_tokens": 1,
+        "ffn_score": "product",
+    }
+    short = {"name": "spts", "schedule": SCHEDULE.to_dict()}
+    assert methods.from_dict(short) == methods.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reads"),
+    [
+        ({"name": "spts"}, True),
+        ({"name": "spts", "ffn_score": "product", "probe_tokens": 4}, True),
+        ({"name": "spts", "ffn_score": "attention"}, False),
+        ({"name": "spts", "ffn_score": "dense"}, False),
+        ({"name": "random", "seed": 3}, False),
+        ({"name": "recency"}, False),
+        ({"name": "dense"}, False),
+    ],
+)
+def test_whether_proxies_are_read_is_known_before_the_schedule(data, reads):
+    assert methods.reads_proxies(data) is reads
+
+
+@pytest.mark.parametrize("data", [{"name": "sparse"}, {}, {"name": "spts", "seed": 1}])
+def test_what_is_no_method_reads_nothing(data):
+    with pytest.raises(ConfigError, match="method"):
+        methods.reads_proxies(data)
 
 
 def test_recency_prefers_the_latest():
@@ -69,7 +127,7 @@ def test_recency_prefers_the_latest():
         assert scores_T.dtype == torch.float32
         assert scores_T.argsort(descending=True).tolist() == list(range(62, -1, -1))
     assert not signals.asked
-    assert (method.probes, method.needs_proxies) == (False, False)
+    assert (method.probes, method.needs_proxies, method.skips_ffn) == (0, False, True)
 
 
 def test_random_draws_anew_for_each_question_and_seed_and_repeats():
@@ -83,7 +141,8 @@ def test_random_draws_anew_for_each_question_and_seed_and_repeats():
 
     assert draws(5) == draws(5)
     assert len({scores for seed in range(6) for scores in draws(seed)}) == 18
-    assert (Random.probes, Random.needs_proxies) == (False, False)
+    method = Random(schedule=SCHEDULE)
+    assert (method.probes, method.needs_proxies) == (0, False)
 
 
 def test_dense_is_never_asked():
@@ -91,10 +150,10 @@ def test_dense_is_never_asked():
     for question in (Dense().attention_scores, Dense().ffn_scores, Dense().prune_scores):
         with pytest.raises(AssertionError):
             question(FakeSignals(3))
-    assert (Dense.probes, Dense.needs_proxies) == (False, False)
+    assert (Dense().probes, Dense().needs_proxies) == (0, False)
 
 
-@pytest.mark.parametrize("method", ALL[1:], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", ALL[1:], ids=range(1, len(ALL)))
 def test_a_schedule_for_another_depth_is_refused(method):
     assert method.schedule_for(4) is SCHEDULE
     with pytest.raises(
@@ -104,7 +163,7 @@ def test_a_schedule_for_another_depth_is_refused(method):
         method.schedule_for(12)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", ALL, ids=range(len(ALL)))
 def test_records(method):
     data = method.to_dict()
     assert data["name"] == method.name
@@ -115,7 +174,7 @@ def test_records(method):
 
 
 def test_records_tell_methods_apart():
-    assert len(set(ALL)) == 4
+    assert len(set(ALL)) == 7
     assert Random(schedule=SCHEDULE, seed=7) != Random(schedule=SCHEDULE, seed=8)
 
 
@@ -142,6 +201,21 @@ def test_records_tell_methods_apart():
             {"name": "spts", "schedule": {**SCHEDULE.to_dict(), "first_skip_layer": 9}},
             "method.schedule.first_skip_layer",
             "must be at most num_layers = 4, got 9",
+        ),
+        (
+            {"name": "spts", "schedule": SCHEDULE.to_dict(), "probe_tokens": 0},
+            "method.probe_tokens",
+            "must be an integer of at least 1, got 0",
+        ),
+        (
+            {"name": "spts", "schedule": SCHEDULE.to_dict(), "ffn_score": "norm"},
+            "method.ffn_score",
+            "must be one of product, attention, dense, got 'norm'",
+        ),
+        (
+            {"name": "spts", "schedule": SCHEDULE.to_dict(), "ffn_score": ["dense"]},
+            "method.ffn_score",
+            "must be one of product, attention, dense, got",
         ),
         (
             {"name": "random", "schedule": SCHEDULE.to_dict(), "seed": -1},

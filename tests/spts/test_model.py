@@ -63,7 +63,7 @@ def test_budgets_that_cover_the_prompt_equal_dense(family, num_tokens):
     model = spts_model(transformers_model(family), first_layer=1)
     token_ids, schedule = prompt(num_tokens), ample_schedule(6, num_tokens)
     dense = model.prefill(token_ids, Dense())
-    for method in (Spts(schedule=schedule), Random(schedule=schedule), Recency(schedule=schedule)):
+    for method in [_method(name, schedule, **options) for name, options in ABLATIONS]:
         skipping = model.prefill(token_ids, method)
         assert torch.equal(skipping.logits, dense.logits)
         assert skipping.work == dense.work, "nothing is probed that is not used"
@@ -104,20 +104,30 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["spts", "random", "recency"])
+ABLATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("spts", {}),
+    ("spts", {"probe_tokens": 4, "ffn_score": "attention"}),
+    ("spts", {"probe_tokens": 64, "ffn_score": "dense"}),
+    ("random", {}),
+    ("recency", {}),
+]
+ABLATION_IDS = ["-".join([name, *map(str, options.values())]) for name, options in ABLATIONS]
+
+
+@pytest.mark.parametrize(("name", "options"), ABLATIONS, ids=ABLATION_IDS)
 @pytest.mark.parametrize(("family", "rope", "num_tokens", "seed"), CASES)
-def test_gathered_equals_masked(family, rope, num_tokens, seed, name):
+def test_gathered_equals_masked(family, rope, num_tokens, seed, name, options):
     draw = random.Random(seed)
     hf_model = transformers_model(family, rope=rope)
     model = spts_model(hf_model, first_layer=0)
     reference = MaskedReference(hf_model, model.proxies)
     for _ in range(3):
         schedule = random_schedule(draw, layers=6, num_tokens=num_tokens)
-        method = _method(name, schedule)
+        method = _method(name, schedule, **options)
         token_ids = prompt(num_tokens)
         result = model.prefill(token_ids, method, trace=True)
         assert result.trace is not None
-        expected = reference.run(token_ids, schedule, result.trace, name)
+        expected = reference.run(token_ids, schedule, result.trace, name, **options)
         assert_near(result.logits, expected.logits)
         for layer, (trace, truth) in enumerate(zip(result.trace, expected.layers, strict=True)):
             assert torch.equal(result.cache.positions(layer), trace.attention_tokens)
@@ -133,8 +143,10 @@ def assert_near(ours: Tensor, truth: Tensor) -> None:
     torch.testing.assert_close(ours.double(), truth, atol=5e-5 * float(truth.abs().max()), rtol=0)
 
 
-def _method(name: str, schedule: Schedule) -> Method:
-    return {"spts": Spts, "random": Random, "recency": Recency}[name](schedule=schedule)
+def _method(name: str, schedule: Schedule, **options: Any) -> Method:
+    classes: dict[str, Any] = {"spts": Spts, "random": Random, "recency": Recency}
+    method: Method = classes[name](schedule=schedule, **options)
+    return method
 
 
 SKIPPING = Schedule(
@@ -147,18 +159,24 @@ SKIPPING = Schedule(
 )
 
 
-@pytest.mark.parametrize("name", ["spts", "random", "recency"])
-def test_work_is_what_the_schedule_says(name):
-    from spts.cost import planned_work
-
+@pytest.mark.parametrize(("name", "options"), ABLATIONS, ids=ABLATION_IDS)
+def test_work_is_what_the_schedule_says(name, options):
     model = spts_model(transformers_model("qwen3"), first_layer=2)
-    method = _method(name, SKIPPING)
+    method = _method(name, SKIPPING, **options)
     for num_tokens in (5, 15, 50, 200):
         result = model.prefill(prompt(num_tokens), method)
-        assert result.work == planned_work(
-            SKIPPING, num_tokens, probe=method.probes, proxy=method.needs_proxies
-        )
+        assert result.work == method.planned_work(6, num_tokens)
         assert result.cache.kv_tokens == sum(work.attention_tokens for work in result.work)
+
+
+@pytest.mark.parametrize("ffn_score", ["attention", "dense"])
+def test_what_reads_no_proxies_runs_without_them(ffn_score):
+    hf_model = transformers_model("llama")
+    method, token_ids = Spts(schedule=SKIPPING, ffn_score=ffn_score), prompt(150)
+    bare = spts_model(hf_model).prefill(token_ids, method)
+    fitted = spts_model(hf_model, first_layer=2).prefill(token_ids, method)
+    assert torch.equal(bare.logits, fitted.logits)
+    assert not any(layer.proxied for layer in bare.work)
 
 
 def test_a_prefill_sliced_by_layer_equals_a_whole_one():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spts.collective import Local
-from spts.kernels.reference import last_query_probe
+from spts.kernels.reference import last_queries_probe, last_query_probe
 from spts.probe import attention_scores
 
 
@@ -25,7 +25,7 @@ def _numpy_scores(q_Hd: np.ndarray, k_TKd: np.ndarray, scale: float) -> np.ndarr
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (8, 1)])
 def test_equals_numpy(heads, kv_heads, num_tokens):
     q_Hd, k_TKd = 3 * torch.randn(heads, 16), torch.randn(num_tokens, kv_heads, 16)
-    scores_T = attention_scores(q_Hd, k_TKd, scale=0.25, num_heads=heads, collective=Local())
+    scores_T = attention_scores(q_Hd[None], k_TKd, scale=0.25, num_heads=heads, collective=Local())
     assert scores_T.dtype == torch.float32
     np.testing.assert_allclose(scores_T, _numpy_scores(q_Hd.numpy(), k_TKd.numpy(), 0.25), atol=1e-6)
     assert float(scores_T.sum()) == pytest.approx(1.0, abs=1e-5)
@@ -40,7 +40,7 @@ def test_worked_example():
 def test_half_precision_keys_get_a_float32_softmax():
     """In bfloat16 a thousand weights near 1/1000 would collapse onto a handful of values."""
     q_Hd, k_TKd = torch.randn(4, 16).bfloat16(), torch.randn(1000, 2, 16).bfloat16()
-    scores_T = attention_scores(q_Hd, k_TKd, scale=0.25, num_heads=4, collective=Local())
+    scores_T = attention_scores(q_Hd[None], k_TKd, scale=0.25, num_heads=4, collective=Local())
     assert scores_T.dtype == torch.float32
     assert scores_T.unique().numel() > 900
     np.testing.assert_allclose(
@@ -50,7 +50,7 @@ def test_half_precision_keys_get_a_float32_softmax():
 
 def test_far_apart_logits_do_not_overflow():
     scores_T = attention_scores(
-        torch.full((1, 1), 1e4),
+        torch.full((1, 1, 1), 1e4),
         torch.tensor([-1e4, 0.0, 1e4]).view(3, 1, 1),
         scale=1.0,
         num_heads=1,
@@ -62,7 +62,7 @@ def test_far_apart_logits_do_not_overflow():
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_that_hold_some_heads_sum_to_the_mean_over_all(ranks):
     q_Hd, k_TKd = torch.randn(8, 16), torch.randn(100, 4, 16)
-    whole_T = attention_scores(q_Hd, k_TKd, scale=0.25, num_heads=8, collective=Local())
+    whole_T = attention_scores(q_Hd[None], k_TKd, scale=0.25, num_heads=8, collective=Local())
     parts = [
         last_query_probe(q_hd, k_Tkd, 0.25)
         for q_hd, k_Tkd in zip(q_Hd.chunk(ranks), k_TKd.chunk(ranks, dim=1), strict=True)
@@ -79,6 +79,35 @@ def test_ranks_that_hold_some_heads_sum_to_the_mean_over_all(ranks):
             return tensor
 
     here_T = attention_scores(
-        q_Hd.chunk(ranks)[0], k_TKd.chunk(ranks, dim=1)[0], scale=0.25, num_heads=8, collective=Group()
+        q_Hd.chunk(ranks)[0][None], k_TKd.chunk(ranks, dim=1)[0], scale=0.25, num_heads=8, collective=Group()
     )
     torch.testing.assert_close(here_T, whole_T)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4, 63])
+@pytest.mark.parametrize("num_tokens", [63, 500])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2), (8, 1)])
+def test_several_queries_are_the_mean_of_each_over_the_keys_it_sees(heads, kv_heads, num_tokens, num_queries):
+    q_QHd, k_TKd = 3 * torch.randn(num_queries, heads, 16), torch.randn(num_tokens, kv_heads, 16)
+    expected_T = np.zeros(num_tokens)
+    for query in range(num_queries):
+        seen = num_tokens - num_queries + 1 + query
+        expected_T[:seen] += _numpy_scores(q_QHd[query].numpy(), k_TKd[:seen].numpy(), 0.25) / num_queries
+    scores_T = attention_scores(q_QHd, k_TKd, scale=0.25, num_heads=heads, collective=Local())
+    assert scores_T.dtype == torch.float32
+    np.testing.assert_allclose(scores_T, expected_T, atol=1e-6)
+    assert float(scores_T.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_several_queries_worked_example():
+    keys_TKd = torch.tensor([0.0, 0.0, float(np.log(2.0))]).view(3, 1, 1)
+    np.testing.assert_allclose(
+        last_queries_probe(torch.ones(2, 1, 1), keys_TKd, 1.0), [0.75, 0.75, 0.5], rtol=1e-6
+    )
+
+
+def test_one_query_is_the_last_ones_probe():
+    q_Hd, k_TKd = torch.randn(6, 16), torch.randn(100, 2, 16)
+    torch.testing.assert_close(
+        last_queries_probe(q_Hd[None], k_TKd, 0.25), last_query_probe(q_Hd, k_TKd, 0.25)
+    )
