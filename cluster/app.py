@@ -6,6 +6,7 @@ here only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -28,10 +29,15 @@ ROUTER = "Router"
 MAX_ONGOING = 10_000
 
 
+# Seconds that a replica may take to end after the last request that it had.
+GOODBYE_S = 30.0
+
+
 class EngineDeployment(Engine):
     """An engine that is ready when its replica is."""
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits constructors
+        log_as_serve_does()
         super().__init__(EngineConfig.model_validate(config))
         await self.start()
 
@@ -82,7 +88,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     check_pools(config)
     read_keys(config)  # a missing file is said here, where it ends the deployment, not in the replica's log
     engines = {
-        name: _engine_deployment(name, engine).bind(engine.model_dump())
+        name: _engine_deployment(name, engine, drain_s=config.request_timeout_s).bind(engine.model_dump())
         for name, engine in config.engines.items()
     }
     return _router_deployment(config).bind(*engines.values())
@@ -93,7 +99,12 @@ def engine_name(name: str) -> str:
     return f"Engine-{name}"
 
 
-def _engine_deployment(name: str, config: EngineConfig) -> serve.Deployment:
+def log_as_serve_does() -> None:
+    """Send what this package logs to Serve's own logger, with its level, its files and its encoding."""
+    logging.getLogger("cluster").parent = logging.getLogger("ray.serve")
+
+
+def _engine_deployment(name: str, config: EngineConfig, *, drain_s: float) -> serve.Deployment:
     return serve.deployment(
         EngineDeployment,
         name=engine_name(name),
@@ -104,7 +115,8 @@ def _engine_deployment(name: str, config: EngineConfig) -> serve.Deployment:
         placement_group_strategy=placement.strategy(device=config.device),
         max_ongoing_requests=MAX_ONGOING,
         max_constructor_retry_count=2,
-        graceful_shutdown_timeout_s=30,
+        # A replica that is to end gets no new requests, and finishes those it has.
+        graceful_shutdown_timeout_s=drain_s + GOODBYE_S,
     )
 
 
@@ -112,6 +124,7 @@ def _router_deployment(config: AppConfig) -> serve.Deployment:
     args = config.model_dump(mode="json")
 
     def asgi_app() -> ASGIApp:
+        log_as_serve_does()
         engines = {
             name: ServeEngine(serve.get_deployment_handle(engine_name(name))) for name in args["engines"]
         }
@@ -122,4 +135,5 @@ def _router_deployment(config: AppConfig) -> serve.Deployment:
         name=ROUTER,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=config.request_timeout_s + GOODBYE_S,
     )

@@ -161,7 +161,8 @@ class Dispatcher:
         )
 
     def _chosen_method(self, body: GenerationBody, of_pool: Method) -> Method:
-        """The request's own method, else the pool's. A method without a schedule takes the configured one."""
+        """The request's own method, else the pool's. What it does not say is as the last pool of that method
+        has it; the schedule, if there is no such pool, as the last pool with one."""
         chosen = body.spts
         if chosen is None or chosen.method is None:
             if chosen is not None and (chosen.schedule is not None or chosen.seed is not None):
@@ -172,15 +173,17 @@ class Dispatcher:
                 )
             return of_pool
         data: dict[str, Any] = {"name": chosen.method}
+        if chosen.method != "dense":
+            configured = [pool.method for pool in self._config.pools if "schedule" in pool.method]
+            own = [method for method in configured if method["name"] == chosen.method]
+            if own:
+                data = dict(own[-1])
+            elif configured:
+                data["schedule"] = configured[-1]["schedule"]
         if chosen.seed is not None:
             data["seed"] = chosen.seed
         if chosen.schedule is not None:
             data["schedule"] = chosen.schedule
-        elif chosen.method != "dense":
-            configured = [pool.method for pool in self._config.pools if "schedule" in pool.method]
-            own = [method for method in configured if method["name"] == chosen.method]
-            if configured:
-                data["schedule"] = (own or configured)[-1]["schedule"]
         method = parse_method(data)
         self._check_limits(method, own_schedule=chosen.schedule is not None)
         return method

@@ -12,6 +12,7 @@ import time
 from cluster.config import EngineConfig
 from cluster.engine import Engine
 from cluster.protocol import (
+    Activity,
     Agreement,
     EngineError,
     EngineInfo,
@@ -131,6 +132,8 @@ class FakeShard:
         method = request.method
         work = method.planned_work(SHAPE.num_layers, num_tokens)
         proxy = cost.ProxyShape(channels=48, rank=16)
+        bins = min(request.activity_bins, num_tokens)
+        everywhere = ((100,) * bins,) * SHAPE.num_layers
         depth = method.schedule_for(SHAPE.num_layers).first_skip_layer
         prefix = (request.token_ids[: request.prefix_tokens], depth)
         reused_tokens = request.prefix_tokens if prefix in self._prefixes else 0
@@ -143,6 +146,7 @@ class FakeShard:
             flops=cost.prefill_flops(SHAPE, work, proxy).total,
             dense_flops=cost.dense_flops(SHAPE, num_tokens).total,
             dense_kv_bytes=cost.dense_kv_bytes(SHAPE, num_tokens, 4),
+            activity=Activity(attention=everywhere, ffn=everywhere) if bins else None,
             reused_tokens=reused_tokens,
             reused_flops=cost.reused_flops(SHAPE, reused_tokens, depth),
         )

@@ -358,3 +358,56 @@ async def test_a_shut_down_engine_fails_what_is_in_flight():
     await engine.shutdown()
     with pytest.raises(EngineError, match="shutting down"):
         await sent
+
+
+async def test_a_stalled_step_makes_it_not_ready_and_in_the_end_unhealthy():
+    async with started(heartbeat_timeout_s=0.1, step_timeout_s=0.2) as engine:
+        assert await engine.ready()
+        await asyncio.sleep(0.3)  # nothing to do is no stall
+        assert await engine.ready()
+        engine.group.step_s = 0.6
+        asking = asyncio.create_task(engine.run(request(max_new_tokens=1)))
+        await asyncio.sleep(0.05)
+        assert await engine.ready()
+        await asyncio.sleep(0.12)
+        assert not await engine.ready()
+        await engine.check_health()
+        await asyncio.sleep(0.25)
+        with pytest.raises(EngineError, match="step loop stands still"):
+            await engine.check_health()
+        engine.group.step_s = 0.0
+        await asking
+        assert await engine.ready()
+        await engine.check_health()
+
+
+async def test_stats_count_what_runs_and_waits_and_end_at_nothing():
+    token_bytes = 2 * 4 * SHAPE.num_kv_heads * SHAPE.head_dim * SHAPE.num_layers
+    async with started(step_s=0.005, max_running=1, max_waiting=2) as engine:
+        streams = [
+            engine.generate(request(name, tuple(range(1, size)), 100))
+            for name, size in (("a", 11), ("b", 21), ("c", 31))
+        ]
+        waiting = [asyncio.create_task(drain(stream)) for stream in streams[1:]]
+        first = await anext(streams[0])
+        stats = await engine.stats()
+        assert (stats.running, stats.waiting, stats.queued_prefill_tokens) == (1, 2, 50)
+        assert stats.kv_bytes == 11 * token_bytes
+        assert first.queue_s is not None
+        assert first.queue_s < 0.1
+        assert (await anext(streams[0])).queue_s is None
+        await streams[0].aclose()
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await settled(engine)
+        stats = await engine.stats()
+        assert (stats.running, stats.waiting, stats.queued_prefill_tokens, stats.kv_bytes) == (0, 0, 0, 0)
+
+
+async def test_end_tokens_may_be_ignored():
+    async with started() as engine:
+        ids = (5, EOS, 6)
+        assert len((await engine.run(request(token_ids=ids, max_new_tokens=9))).token_ids) == 2
+        result = await engine.run(request(token_ids=ids, max_new_tokens=9, ignore_eos=True))
+        assert (len(result.token_ids), result.finish_reason) == (9, "length")
