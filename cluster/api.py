@@ -101,7 +101,7 @@ class SptsOptions(Body):
 
     method: str | None = None
     schedule: dict[str, Any] | str | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
     activity: int | None = Field(default=None, ge=1, le=MAX_ACTIVITY_BINS)
 
 
@@ -122,7 +122,7 @@ class GenerationBody(Body):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1)
     stop: str | Listed[str] | None = None

@@ -40,7 +40,7 @@ def openapi(*, needs_key: bool) -> Schema:
         token_strs={"type": ["array", "null"], "items": TEXT},
     )
     models = _object(object={"const": "list"}, data={"type": "array", "items": model})
-    paths = {
+    paths: Schema = {
         "/health": {"get": _operation("This process is alive", 200, _object(status={"const": "ok"}))},
         "/ready": {"get": _ready()},
         "/v1/models": {"get": _operation("The model that is served", 200, models)},

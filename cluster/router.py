@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 # A token of a prompt takes at most about this many bytes of JSON; a body may have so many more around them.
 BYTES_PER_TOKEN = 16
 BYTES_AROUND = 1 << 16
-# Until an engine has told its context.
-ASSUMED_CONTEXT = 1 << 17
 
 
 class Router:
@@ -113,11 +111,8 @@ class Router:
         """POST /v1/completions."""
         body = parse_body(await self._read(http), CompletionBody)
         self._check_model(body.model)
-        # In a thread: a long text takes a while, and streams must not wait for it.
         prompts = [
-            await asyncio.to_thread(self._tokenizer.encode, prompt)
-            if isinstance(prompt, str)
-            else tuple(prompt)
+            await self._encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
             for prompt in body.prompts
         ]
         return await self._answer(http, body, prompts, "completion")
@@ -126,13 +121,16 @@ class Router:
         """POST /v1/chat/completions."""
         body = parse_body(await self._read(http), ChatBody)
         self._check_model(body.model)
-        token_ids = await asyncio.to_thread(self._tokenizer.encode_chat, turns(body.messages))
+        messages = turns(body.messages)
+        await self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        token_ids = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
         return await self._answer(http, body, [token_ids], "chat")
 
     async def tokenize(self, http: HttpRequest) -> JSONResponse:
         """POST /tokenize."""
         body = parse_body(await self._read(http), TokenizeBody)
         self._check_model(body.model)
+        await self._check_length(body.num_characters, "messages" if body.messages else "prompt")
         tokens = await asyncio.to_thread(body.tokens, self._tokenizer)
         return JSONResponse(
             {
@@ -153,7 +151,7 @@ class Router:
 
     async def _read(self, http: HttpRequest) -> bytes:
         """The body, up to what the longest allowed batch of prompts could take."""
-        longest = self._dispatcher.max_context or ASSUMED_CONTEXT
+        longest = await self._dispatcher.longest()
         limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
         async for part in http.stream():
@@ -163,6 +161,21 @@ class Router:
                     "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
                 )
         return bytes(raw)
+
+    async def _encode(self, text: str, param: str) -> tuple[int, ...]:
+        """In a thread: a long text takes a while, and streams must not wait for it."""
+        await self._check_length(len(text), param)
+        return await asyncio.to_thread(self._tokenizer.encode, text)
+
+    async def _check_length(self, num_characters: int, param: str) -> None:
+        """Raise ApiError for a text so far over the context that counting its tokens would cost minutes."""
+        limit = BYTES_PER_TOKEN * await self._dispatcher.longest()
+        if num_characters > limit:
+            raise ApiError(
+                "payload_too_large",
+                f"{param} must be at most {limit} characters, got {num_characters}; send less",
+                param,
+            )
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self._config.model_name):

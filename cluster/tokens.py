@@ -50,6 +50,11 @@ class TokenizeBody(Body):
                 "add_generation_prompt",
             )
 
+    @property
+    def num_characters(self) -> int:
+        """Length of all texts."""
+        return len(self.prompt or "") + sum(len(message.text) for message in self.messages or ())
+
     def tokens(self, tokenizer: TextTokenizer) -> tuple[int, ...]:
         """The token ids. Raises RequestError for messages that the chat template does not take."""
         if self.messages is None:

@@ -5,24 +5,15 @@ Pictures of it are left in build/artefacts/.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 
-import httpx
 import pytest
-import yaml
 
-from cluster.local import free_ports
 from tests.cluster.browser import CHROMIUM, Tab, browser_tab
-from tests.cluster.conftest import REPOSITORY
+from tests.cluster.conftest import KEY, REPOSITORY
 from tests.cluster.endpoint import endpoint
 
-KEY = "sk-page-1"
 PICTURES = REPOSITORY / "build" / "artefacts"
 SETTLED = "document.querySelector('#verdict:not([hidden]), #problem:not([hidden])') !== null"
 # How strongly the picture's first and last layer are painted, 0 to 255: the mean along the middle of the row.
@@ -61,45 +52,6 @@ async def test_the_page_loads_nothing_from_elsewhere(folder):
         assert re.findall(r'(?:src|<link[^>]*href)="(\w+:|//)', page.text) == []
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory) -> Iterator[str]:
-    """`serve run` of ray_config.yaml with a key and a port of its own, on a cluster of its own."""
-    folder = tmp_path_factory.mktemp("page")
-    port = free_ports(1)[0]
-    config = yaml.safe_load((REPOSITORY / "ray_config.yaml").read_text())
-    config["http_options"]["port"] = port
-    (folder / "keys").write_text(KEY)
-    config["applications"][0]["args"]["api_keys_file"] = str(folder / "keys")
-    (folder / "ray_config.yaml").write_text(yaml.safe_dump(config))
-    log = folder / "serve.log"
-    with log.open("wb") as output:
-        served = subprocess.Popen(
-            [sys.executable, "-m", "cluster.local", "--", "serve", "run", str(folder / "ray_config.yaml")],
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while not is_ready(address):
-            assert served.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")
-            time.sleep(0.5)
-        yield address
-    finally:
-        os.killpg(served.pid, signal.SIGINT)
-        served.wait(90)
-
-
-def is_ready(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/ready", timeout=10).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 @pytest.fixture
 def tab(tmp_path) -> Iterator[Tab]:
     with browser_tab(tmp_path / "profile") as tab:
@@ -122,9 +74,9 @@ class TestInABrowser:
     @pytest.mark.parametrize(
         ("width", "dark"), [(1366, False), (390, False), (1366, True)], ids=["wide", "narrow", "dark"]
     )
-    def test_the_example_is_answered_twice_and_drawn(self, url, tab, width, dark):
+    def test_the_example_is_answered_twice_and_drawn(self, demo_url, tab, width, dark):
         tab.show(width=width, dark=dark)
-        tab.open(f"{url}/#example")
+        tab.open(f"{demo_url}/#example")
         give_key(tab)
         tab.wait(SETTLED)
         tab.picture(PICTURES / f"page-{width}{'-dark' if dark else ''}.png")
@@ -142,9 +94,9 @@ class TestInABrowser:
             assert last == 255 if side == "dense" else 15 < last < 80, "and few the last one, with SPTS"
         assert tab.value("document.documentElement.scrollWidth") <= width, "nothing sticks out sideways"
 
-    def test_faults_are_said_and_a_place_in_the_picture_can_be_read(self, url, tab):
+    def test_faults_are_said_and_a_place_in_the_picture_can_be_read(self, demo_url, tab):
         tab.show(width=1366)
-        tab.open(f"{url}/")
+        tab.open(f"{demo_url}/")
         give_key(tab)
         tab.wait("$('problem').hidden")
         ask = "$('ask').requestSubmit()"

@@ -15,6 +15,7 @@ from cluster.config import AppConfig
 from cluster.errors import HTTP_ERRORS, ApiError
 from cluster.protocol import ERROR_KINDS, EngineError
 from cluster.router import Router
+from cluster.tokenizer import TextTokenizer
 from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint, error_of, events
 from tests.cluster.tiny import SCHEDULE, write_tokenizer
 from tests.fakes import EOS, SHAPE, FakeEngine
@@ -438,6 +439,53 @@ def test_a_long_list_is_checked_up_to_its_first_fault():
         parse_body(body, CompletionBody)
     assert isinstance(caught.value.__context__, ValidationError)
     assert caught.value.__context__.error_count() < 20
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e999", "-1", "9" * 400, "-" + "9" * 400]
+)
+@pytest.mark.parametrize(
+    "field",
+    ["temperature", "top_p", "top_k", "seed", "n", "max_tokens", "logprobs", "spts.seed", "spts.activity"],
+)
+async def test_numbers_that_are_none_or_out_of_range_are_400(folder, field, number):
+    spts = {"method": "random", field.partition(".")[2]: "@"} if "." in field else {"method": "dense"}
+    body = completion(spts=spts) if "." in field else completion(**{field: "@"})
+    async with endpoint(folder) as (client, engine):
+        steps = len(engine.group.steps)
+        answer = await client.post(COMPLETIONS, content=json.dumps(body).replace('"@"', number))
+        if (field, number) in (("top_k", "-1"), ("seed", "-1")):
+            assert answer.status_code == 200, "-1 is vLLM's word for no limit"
+            return
+        assert answer.status_code == 400, answer.text
+        assert error_of(answer)["param"] is not None
+        assert len(engine.group.steps) == steps
+
+
+@pytest.mark.parametrize("size", [10_000_000, 40_000_000])
+async def test_bodies_of_megabytes_are_answered_and_harm_no_other(folder, size):
+    async with endpoint(folder) as (client, _):
+        other = asyncio.create_task(client.post(COMPLETIONS, json=completion(max_tokens=200)))
+        for content in (b"x" * size, json.dumps(completion(prompt="y" * size)).encode(), b"\xff" * size):
+            answer = await client.post(COMPLETIONS, content=content)
+            assert answer.status_code in (400, 413)
+            error_of(answer)
+        assert (await other).status_code == 200
+
+
+async def test_a_text_far_over_the_context_is_413_before_its_tokens_are_counted(folder, monkeypatch):
+    monkeypatch.setattr(TextTokenizer, "encode", lambda *_, **__: pytest.fail("it was counted"))
+    text = "y " * 4097
+    async with endpoint(folder) as (client, _):
+        for path, body, param in (
+            (COMPLETIONS, completion(prompt=text), "prompt"),
+            (CHAT, chat(messages=[{"role": "user", "content": text}]), "messages"),
+            ("tokenize", {"prompt": text}, "prompt"),
+            ("tokenize", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ):
+            answer = await client.post(path, json=body)
+            assert (answer.status_code, error_of(answer)["param"]) == (413, param)
+            assert "at most 8192 characters, got 8194" in error_of(answer)["message"]
 
 
 async def test_a_full_engine_is_503_with_retry_after(folder):

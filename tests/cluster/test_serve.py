@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -236,6 +238,44 @@ def test_a_killed_rank_is_said_in_the_stream_and_the_endpoint_comes_back(http, o
     assert http.get("/health").status_code == 200
     wait_until_ready(http)
     assert http.post("/v1/completions", json={**body, "stream": False, "max_tokens": 2}).status_code == 200
+
+
+def test_logs_are_json_ours_among_them(http, driver):
+    """After a rank was killed, which the engine says in its log."""
+    folder = Path(driver._private.worker._global_node.get_logs_dir_path()) / "serve"
+    [log] = folder.glob("replica_spts_Engine-default_*.log")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    ours = [line for line in lines if line["message"].startswith("restarting the ranks")]
+    assert ours
+    assert ours[0]["levelname"] == "WARNING"
+    assert ours[0]["deployment"] == "spts_Engine-default"
+
+
+def test_what_has_begun_is_finished_before_the_endpoint_goes(http, driver, other_ranks):
+    from ray import serve
+
+    body = {"model": "tiny", "prompt": prompt(90, seed=0), "max_tokens": 400, "temperature": 0}
+    gone: list[float] = []
+
+    def delete() -> None:
+        serve.delete("spts")
+        gone.append(time.monotonic())
+
+    deletion = threading.Thread(target=delete)
+    events: list[str] = []
+    with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line and not events:
+                deletion.start()
+            events += [line.removeprefix("data: ")] if line else []
+    ended = time.monotonic()
+    deletion.join(120)
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+    assert gone
+    assert gone[0] > ended
+    assert http.post("/v1/completions", json=body).status_code in (404, 503)
+    assert rank_pids() == other_ranks
 
 
 def test_a_typo_in_args_fails_the_deployment_and_names_the_key(http, ray_cluster, tiny_model, tmp_path):
