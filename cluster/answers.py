@@ -17,6 +17,13 @@ Endpoint = Literal["completion", "chat"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unpredicted:
+    """In place of the log-probability of a prompt's first token, before which there is nothing."""
+
+    token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Piece:
     """New text of one choice. prefilled: with its first piece. finish_reason: with its last.
 
@@ -27,7 +34,7 @@ class Piece:
     index: int
     text: str
     num_tokens: int
-    logprobs: tuple[TokenLogprobs, ...] | None = None
+    logprobs: tuple[TokenLogprobs | Unpredicted, ...] | None = None
     offsets: tuple[int, ...] = ()
     prefilled: Prefilled | None = None
     finish_reason: FinishReason | None = None
@@ -153,15 +160,20 @@ class Answer:
         tokens = [self.tokenizer.token_text(entry.token_id) for entry in entries]
         return {
             "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in entries],
+            "token_logprobs": [
+                None if isinstance(entry, Unpredicted) else entry.logprob for entry in entries
+            ],
             "top_logprobs": [
-                {self.tokenizer.token_text(token_id): logprob for token_id, logprob in entry.top}
+                None
+                if isinstance(entry, Unpredicted)
+                else {self.tokenizer.token_text(token_id): logprob for token_id, logprob in entry.top}
                 for entry in entries
             ],
             "text_offset": [offset for piece in pieces for offset in piece.offsets],
         }
 
-    def _chat_logprob(self, entry: TokenLogprobs) -> dict[str, Any]:
+    def _chat_logprob(self, entry: TokenLogprobs | Unpredicted) -> dict[str, Any]:
+        assert isinstance(entry, TokenLogprobs), "a chat has no echo"
         top = [self._token(token_id, logprob) for token_id, logprob in entry.top]
         return self._token(entry.token_id, entry.logprob) | {"top_logprobs": top}
 

@@ -45,11 +45,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-WHY_UNSUPPORTED = {
-    "echo": "log-likelihoods of a prompt do not measure skipping, and this server does not compute them",
-}
-
-
 FORMS = {
     "prompt": "text, token ids, or a list of either",
     "stop": "a string or a list of strings",
@@ -156,6 +151,11 @@ class GenerationBody(Body):
         """Alternatives to report per token; None = no log-probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def echoed(self) -> list[str | None]:
+        """The prompts that the answers begin with, None for one of token ids; empty = they do not."""
+        return []
+
     def token_limit(self) -> int | None:
         """Most tokens to answer with; None = as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -178,10 +178,14 @@ class GenerationBody(Body):
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions. prompt: text or token ids, or a list of either."""
+    """POST /v1/completions. prompt: text or token ids, or a list of either. echo: the answer begins with the
+    prompt, whose tokens have log-probabilities too if there are any."""
+
+    unsupported = {name: neutral for name, neutral in UNSUPPORTED.items() if name != "echo"}
 
     prompt: str | Listed[int] | Listed[str] | Listed[Listed[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
 
     def num_logprobs(self) -> int | None:
         """See `GenerationBody`."""
@@ -190,6 +194,12 @@ class CompletionBody(GenerationBody):
     def token_limit(self) -> int | None:
         """16 by default, as in the OpenAI API."""
         return super().token_limit() or 16
+
+    @property
+    def echoed(self) -> list[str | None]:
+        """See `GenerationBody`."""
+        texts = [prompt if isinstance(prompt, str) else None for prompt in self.prompts]
+        return texts if self.echo else []
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -262,9 +272,10 @@ def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
     for name, neutral in model.unsupported.items():
         value = data.pop(name, None)
         if value is not None and value not in neutral:
-            why = WHY_UNSUPPORTED.get(name, "this server does not support it")
             raise ApiError(
-                "unsupported_parameter", f"{name} must not be given, got {brief(value)}; {why}", name
+                "unsupported_parameter",
+                f"{name} must not be given, got {brief(value)}; this server does not support it",
+                name,
             )
     try:
         body = model.model_validate(data)

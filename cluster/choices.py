@@ -8,22 +8,34 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from cluster.answers import Answer, Piece, Usage
+from cluster.answers import Answer, Piece, Unpredicted, Usage
 from cluster.api import GenerationBody
 from cluster.metrics import ChoiceClock, Metrics
 from cluster.protocol import Chunk, EngineError, FinishReason, Request
 from cluster.tokenizer import TextStream, TextTokenizer
+from spts.sampling import TokenLogprobs
 
 Send = Callable[[Request], AsyncGenerator[Chunk, None]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Echo:
+    """A prompt that its answer begins with. text: None = that of its tokens. request: for its
+    log-probabilities, if they were asked for."""
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    request: Request | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """An HTTP request as engine requests. requests: one per choice, in order of their index. send: to the
-    engine that answers. arrived: perf_counter() seconds."""
+    """An HTTP request as engine requests. requests: one per choice, in order of their index. echoes: one for
+    each of these, or none. send: to the engine that answers. arrived: perf_counter() seconds."""
 
     send: Send
     requests: list[Request]
+    echoes: list[Echo]
     answer: Answer
     usage: Usage
     body: GenerationBody
@@ -69,6 +81,11 @@ async def pieces(job: Job, tokenizer: TextTokenizer, metrics: Metrics) -> AsyncG
 async def _choice(
     job: Job, index: int, request: Request, tokenizer: TextTokenizer, clock: ChoiceClock
 ) -> AsyncGenerator[Piece, None]:
+    before = 0
+    if job.echoes:
+        echoed = await _echoed(job, index, job.echoes[index], tokenizer)
+        yield echoed
+        before = len(echoed.text)
     stream = TextStream(tokenizer, job.body.stops)
     empty = held = Piece(index=index, text="", num_tokens=0)
     async with aclosing(job.send(request)) as chunks:
@@ -78,7 +95,7 @@ async def _choice(
             num_texts = len(chunk.token_ids) - (chunk.finish_reason == "stop")
             text, offsets = "", []
             for place, token_id in enumerate(chunk.token_ids):
-                offsets.append(stream.position)
+                offsets.append(before + stream.position)
                 text += stream.push(token_id) if place < num_texts else ""
             if chunk.finish_reason is not None:
                 text += stream.finish()
@@ -99,6 +116,29 @@ async def _choice(
                 held = empty
             if stream.stopped:
                 return
+
+
+async def _echoed(job: Job, index: int, echo: Echo, tokenizer: TextTokenizer) -> Piece:
+    """The piece that repeats a prompt."""
+    logprobs: list[TokenLogprobs | Unpredicted] = [Unpredicted(token_id=echo.token_ids[0])]
+    if echo.request is not None:
+        async with aclosing(job.send(echo.request)) as chunks:
+            async for chunk in chunks:
+                logprobs += chunk.logprobs or ()
+    stream = TextStream(tokenizer)
+    text, offsets = "", []
+    for token_id in echo.token_ids:
+        offsets.append(stream.position)
+        text += stream.push(token_id)
+    text += stream.finish()
+    asked = job.body.num_logprobs() is not None
+    return Piece(
+        index=index,
+        text=text if echo.text is None else echo.text,
+        num_tokens=0,
+        logprobs=tuple(logprobs) if asked else None,
+        offsets=tuple(offsets),
+    )
 
 
 def _first(error: BaseException) -> BaseException:

@@ -91,7 +91,8 @@ class AppConfig(Strict):
     max_prompts: prompts x n in one HTTP request. api_keys_file: absolute path of a text file where the router
     runs, one key a line, # begins a comment; api_keys_env: name of an environment variable there, keys
     separated by commas or lines. Either, both, or neither for an endpoint without keys.
-    allowed_methods: what a request may choose. min_budget_tokens: least active_tokens and keep_tokens of a
+    max_echo_tokens: longest prompt whose own log-probabilities a request may ask for (echo); all of its
+    distributions are in memory at once, and other requests wait. allowed_methods: what a request may choose. min_budget_tokens: least active_tokens and keep_tokens of a
     schedule that a request brings.
     """
 
@@ -102,6 +103,7 @@ class AppConfig(Strict):
     max_prompts: int = Field(default=64, ge=1)
     api_keys_file: str | None = Field(default=None, min_length=1)
     api_keys_env: str | None = Field(default=None, min_length=1)
+    max_echo_tokens: int = Field(default=2048, ge=0)
     allowed_methods: Annotated[tuple[str, ...], Field(strict=False)] = tuple(methods.METHODS)
     min_budget_tokens: int = Field(default=1, ge=1)
 

@@ -7,12 +7,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from cluster.admission import check_request
 from cluster.answers import Answer, Endpoint, Usage
 from cluster.api import GenerationBody
-from cluster.choices import Job
+from cluster.choices import Echo, Job
 from cluster.config import AppConfig, PoolConfig, parse_method
 from cluster.errors import ApiError
 from cluster.protocol import Chunk, EngineError, EngineInfo, EngineStats, Request
@@ -140,9 +141,12 @@ class Dispatcher:
             )
             check_request(request, info)
             requests.append(request)
+        texts = [text for text in body.echoed for _ in range(n)]
+        echoes = [self._echo(request, text, info) for request, text in zip(requests, texts, strict=False)]
         return Job(
             send=lambda request: self._send(pool.engine, request),
             requests=requests,
+            echoes=echoes,
             answer=Answer(
                 endpoint=endpoint, request_id=request_id, model=body.model, tokenizer=self._tokenizer
             ),
@@ -151,6 +155,38 @@ class Dispatcher:
             timeout_s=self._config.request_timeout_s,
             arrived=arrived,
         )
+
+    def _echo(self, request: Request, text: str | None, info: EngineInfo) -> Echo:
+        """The prompt of `request`, to be repeated; its log-probabilities are the dense model's only."""
+        if request.method.name != "dense":
+            raise ApiError(
+                "invalid_request",
+                f"echo must only be given with the method dense, got {request.method.name}: a prompt's own "
+                "log-probabilities do not depend on what is skipped, and would say nothing about it; "
+                'add "spts": {"method": "dense"}',
+                "echo",
+            )
+        token_ids = request.token_ids
+        follow = None
+        if request.sampling.logprobs is not None and len(token_ids) > 1:
+            if len(token_ids) > self._config.max_echo_tokens:
+                raise ApiError(
+                    "invalid_request",
+                    f"echo with logprobs must be of a prompt of at most {self._config.max_echo_tokens} "
+                    f"tokens, got {len(token_ids)}; send less",
+                    "echo",
+                )
+            follow = replace(
+                request,
+                request_id=f"{request.request_id}-echo",
+                token_ids=token_ids[:1],
+                follow=token_ids[1:],
+                max_new_tokens=len(token_ids) - 1,
+                sampling=Sampling(logprobs=request.sampling.logprobs),
+                activity_bins=0,
+            )
+            check_request(follow, info)
+        return Echo(text=text, token_ids=token_ids, request=follow)
 
     def _pool(self, prompt_tokens: int) -> tuple[PoolConfig, Method]:
         """The first pool whose prompts may be this long; the last one takes any."""

@@ -243,7 +243,15 @@ async def test_chat_logprobs(folder):
 
 BAD = [
     (COMPLETIONS, completion(spt={}), "spt", "unsupported_parameter", "spt must be one of model, "),
-    (COMPLETIONS, completion(echo=True), "echo", "unsupported_parameter", "do not measure skipping"),
+    (
+        COMPLETIONS,
+        completion(echo=True, spts={"method": "spts"}),
+        "echo",
+        "invalid_value",
+        "do not depend on what is skipped",
+    ),
+    (COMPLETIONS, completion(echo=True, prompt=[7] * 51), "echo", "invalid_value", "dense, got spts"),
+    (CHAT, chat(echo=True), "echo", "unsupported_parameter", "got True; this server"),
     (COMPLETIONS, completion(best_of=3), "best_of", "unsupported_parameter", "got 3"),
     (COMPLETIONS, completion(suffix="x"), "suffix", "unsupported_parameter", "got 'x'"),
     (
