@@ -114,6 +114,13 @@ class Engine:
         ended."""
         self._fail(request_id, EngineError("unavailable", "the request was aborted"))
 
+    async def finish(self, request_id: str) -> None:
+        """End a request with the tokens that it has: its stream ends with the result. Only after its first
+        token; unknown ids are ignored: it may have ended."""
+        flight = self._drop(request_id)
+        if flight is not None:
+            flight.finish()
+
     async def check_health(self) -> None:
         """Raise EngineError unless this engine serves, or is about to. Serve replaces the replica when it
         raises."""

@@ -21,6 +21,7 @@ class Flight:
     timer: asyncio.TimerHandle | None = None
     started: float = 0.0
     first: float = 0.0
+    last: float = 0.0
     prefilled: Prefilled | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Flight:
         is_first = not self.token_ids
         if is_first:
             self.first = now
+        self.last = now
         self.token_ids.append(token.token_id)
         if token.logprobs is not None:
             self.logprobs.append(token.logprobs)
@@ -50,7 +52,7 @@ class Flight:
             token_ids=(token.token_id,),
             logprobs=None if token.logprobs is None else (token.logprobs,),
             finish_reason=reason,
-            result=None if reason is None else self._result(reason, now),
+            result=None if reason is None else self._result(reason),
             prefilled=self.prefilled if is_first else None,
             queue_s=self.started - self.arrived if is_first else None,
         )
@@ -64,6 +66,15 @@ class Flight:
             return 0
         token_bytes = self.prefilled.dense_kv_bytes // len(self.request.token_ids)
         return self.prefilled.kv_bytes + token_bytes * len(self.token_ids)
+    def finish(self) -> None:
+        """Hand the stream a last chunk, with the result of the tokens so far and none of its own."""
+        chunk = Chunk(
+            request_id=self.request.request_id,
+            token_ids=(),
+            finish_reason="stop",
+            result=self._result("stop"),
+        )
+        self.out.put_nowait(chunk)
 
     def _finish_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
         latest = self.token_ids[-1]
@@ -74,7 +85,7 @@ class Flight:
             return "stop"
         return "length" if len(self.token_ids) == self.request.max_new_tokens else None
 
-    def _result(self, reason: FinishReason, now: float) -> Result:
+    def _result(self, reason: FinishReason) -> Result:
         request, prefilled = self.request, self.prefilled
         assert prefilled is not None, "a token before the end of the prefill"
         return Result(
@@ -84,8 +95,8 @@ class Flight:
             prompt_tokens=len(request.token_ids),
             queue_s=self.started - self.arrived,
             ttft_s=self.first - self.arrived,
-            decode_s=now - self.first,
-            total_s=now - self.arrived,
+            decode_s=self.last - self.first,
+            total_s=self.last - self.arrived,
             work=prefilled.work,
             kv_tokens=prefilled.kv_tokens,
             kv_bytes=prefilled.kv_bytes,

@@ -7,7 +7,7 @@ string, is held until it is certain.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from spts.errors import ModelError, RequestError
 
 
 class TextTokenizer:
-    """The tokenizer of a model folder: `tokenizer.json`, and the chat template of `tokenizer_config.json`.
+    """The tokenizer of a model folder: `tokenizer.json`, and its chat template.
 
-    Raises ModelError when the folder has no `tokenizer.json`.
+    now: the date that a chat template may print. Raises ModelError when the folder has no `tokenizer.json`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, now: Callable[[], datetime] = datetime.now) -> None:
         path = Path(folder)
         if not (path / "tokenizer.json").is_file():
             raise ModelError(
@@ -36,14 +36,18 @@ class TextTokenizer:
                 field="model",
             )
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        config_file = path / "tokenizer_config.json"
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         self._special = {
             name: value["content"] if isinstance(value, Mapping) else value
-            for name, value in config.items()
+            for name, value in _config(path).items()
             if name.endswith("_token") and value is not None and not isinstance(value, bool)
         }
-        self._template = _template(config, path)
+        source = chat_template(path)
+        self._template = None if source is None else _compiled(source, now)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can be used."""
+        return self._template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt, with whatever the tokenizer adds to one unless told otherwise."""
@@ -57,7 +61,15 @@ class TextTokenizer:
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
     ) -> tuple[int, ...]:
-        """Token ids of a conversation through the chat template, up to where the assistant begins to speak.
+        """Token ids of a conversation through the chat template. Raises RequestError, see `render_chat`."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation through the chat template, up to where the assistant begins to speak. It has all of
+        its special tokens: `encode` would add some again.
 
         Raises RequestError, code "invalid_chat", when the model has no template or the template refuses.
         """
@@ -71,17 +83,24 @@ class TextTokenizer:
             text = self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special
             )
+            return str(text)
         except TemplateError as error:
             raise RequestError(
                 f"messages must suit the model's chat template, got {error}; change roles or order",
                 code="invalid_chat",
                 field="messages",
             ) from None
-        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def special_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Token ids of those texts that are special tokens, such as "<|im_end|>"."""
+        special = self.tokenizer.get_added_tokens_decoder() if texts else {}
+        return tuple(
+            token_id for token_id, token in special.items() if token.special and token.content in texts
+        )
 
     def token_text(self, token_id: int) -> str:
         """One token on its own; U+FFFD stands for bytes that are only part of a character."""
@@ -148,14 +167,23 @@ class TextStream:
         return 0
 
 
-def _template(config: Mapping[str, Any], folder: Path) -> Any:
-    """The compiled chat template, or None. It is the model's code, so it runs in a sandbox."""
+def chat_template(folder: Path) -> str | None:
+    """Source of a model folder's chat template: `chat_template.jinja`, else `tokenizer_config.json`'s own."""
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    source = file.read_text(encoding="utf-8") if file.is_file() else _config(folder).get("chat_template")
     if isinstance(source, list):  # several named templates
         source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
-    if source is None:
-        return None
+    return source
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config
+
+
+def _compiled(source: str, now: Callable[[], datetime]) -> Any:
+    """The compiled chat template. It is the model's code, so it runs in a sandbox."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -165,5 +193,5 @@ def _template(config: Mapping[str, Any], folder: Path) -> Any:
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
     return environment.from_string(source)

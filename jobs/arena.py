@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.provenance import hardware, versions
 from jobs.timing import Contestant
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import ConfigError
-from spts.methods import Method
+from spts.methods import Dense, Method
+
+if TYPE_CHECKING:
+    import torch
+
+    from spts.model import SptsModel
 
 DEFAULT_MODEL = "jobs/demo_model"
 
@@ -55,16 +60,17 @@ SHAPES: Mapping[str, ModelShape] = {
 class Arena:
     """Where methods run.
 
-    about: what a reader of the figures has to know, by title. enter: makes a method a contestant. rival:
-    another implementation of dense on the same weights, if there is one.
+    about: what a reader of the figures has to know, by title. enter: makes a method a contestant of a name.
+    rivals: other implementations of dense on the same weights. local: the model, where it is in this process.
     """
 
     shape: ModelShape
     max_context: int
     proxy: ProxyShape | None
     about: Mapping[str, str]
-    enter: Callable[[Method], Contestant]
-    rival: Contestant | None
+    enter: Callable[[str, Method], Contestant]
+    rivals: tuple[Contestant, ...] = ()
+    local: SptsModel | None = None
 
 
 @contextmanager
@@ -87,7 +93,9 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
     longest = max(args.lengths) + args.tokens_out
     proxies = None
     if args.shape is not None:
-        hf_model = random_model(_shape(args.shape), max_tokens=longest, dtype=args.dtype, device=args.device)
+        hf_model = random_model(
+            named_shape(args.shape), max_tokens=longest, dtype=args.dtype, device=args.device
+        )
         fingerprint, name = f"random-{args.shape}", f"{args.shape}, random weights"
     else:
         folder = loading.resolve(args.model or DEFAULT_MODEL)
@@ -122,19 +130,22 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         size = proxies.shape
         origin = "fitted"
     model = SptsModel(hf_model, fingerprint=fingerprint, proxies=proxies)
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     yield Arena(
         shape=model.shape,
         max_context=model.max_context,
         proxy=size,
         about={
             **_about(name, model.shape, args),
-            "hardware": gpu + _machine(),
+            "hardware": machine(device),
             "proxies": f"{origin}, {size.channels} channels, rank {size.rank}",
             "attention": f"ours: torch scaled_dot_product_attention; transformers: {attention}",
         },
-        enter=lambda method: Own(model, method),
-        rival=Transformers(hf_model),
+        enter=lambda name, method: Own(model, method, name=name),
+        rivals=(
+            *(Own(model, Dense(), name=f"dense, {each}", backend=each) for each in args.backends),
+            Transformers(hf_model),
+        ),
+        local=model,
     )
 
 
@@ -148,8 +159,8 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
     from jobs.contestants import OnEngine
     from spts import loading
 
-    for field in ("shape", "channels", "rank", "attention"):
-        if getattr(args, field) is not None:
+    for field in ("shape", "channels", "rank", "attention", "backends", "parts"):
+        if getattr(args, field):
             raise ConfigError(
                 f"{field} must be left out without --local, got {getattr(args, field)}; add --local",
                 field=field,
@@ -180,12 +191,11 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
                 proxy=_fitted_size(Path(resolve_path(args.proxies)) if args.proxies else folder / "proxies"),
                 about={
                     **_about(str(model), info.shape, args),
-                    "hardware": _machine(),
+                    "hardware": machine(),
                     "engine": f"Ray {ray.__version__}, {info.world_size} rank(s)",
                     "attention": "torch scaled_dot_product_attention",
                 },
-                enter=lambda method: OnEngine(engine, method),
-                rival=None,
+                enter=lambda name, method: OnEngine(engine, method, name=name),
             )
         finally:
             stop_engine(engine)
@@ -200,16 +210,24 @@ def _about(model: str, shape: ModelShape, args: argparse.Namespace) -> dict[str,
         f"{shape.intermediate_size}, {shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}",
         "setting": f"{args.dtype} on {args.device}, {args.threads} CPU thread(s), batch 1, {args.tokens_out} "
         f"tokens out, {args.repeats} repeats in turns after one to warm up, random tokens",
+        "schedule": f"{args.schedule}, {'as published' if args.published else 'scaled to each length'}",
     }
 
 
-def _machine() -> str:
-    machine: Mapping[str, Any] = hardware()
+def machine(device: torch.device | None = None) -> str:
+    """What the figures were measured on: the GPU, if `device` is one, processor, cores, versions."""
+    found: Mapping[str, Any] = hardware()
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"{machine['cpu']}, {machine['cpu_cores']} cores; {software}"
+    text = f"{found['cpu']}, {found['cpu_cores']} cores; {software}"
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return f"{torch.cuda.get_device_name(device)}, {text}"
+    return text
 
 
-def _shape(name: str) -> ModelShape:
+def named_shape(name: str) -> ModelShape:
+    """The shape in SHAPES; ConfigError for another name."""
     if name not in SHAPES:
         raise ConfigError(
             f"shape must be one of {', '.join(SHAPES)}, got {name!r}; choose one", field="shape"

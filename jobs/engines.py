@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,16 +19,26 @@ from spts.errors import ConfigError, SptsError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+_SIGN_OF_LIFE_S = 30.0  # an actor that answers nothing for so long is dead, whatever its process does
 
 
 class RayEngine:
-    """One engine actor, and a new one in its place if it dies. Use `start_engines`."""
+    """One engine actor, and a new one in its place if it dies. Use `start_engines`.
 
-    def __init__(self, name: str, config: EngineConfig, *, max_replacements: int = 2) -> None:
+    Ray itself neither restarts the actor nor retries its calls (its default for actors): only the runner's
+    leases do. max_deaths: actors in a row that may die without an answer in between. max_failed_starts:
+    actors in a row that may fail to start. After either the engine is given up.
+    """
+
+    def __init__(
+        self, name: str, config: EngineConfig, *, max_deaths: int = 9, max_failed_starts: int = 3
+    ) -> None:
         self.name = name
         self._config = config
         self._handle: Any = None
-        self._replacements_left = max_replacements
+        self._max_deaths = max_deaths
+        self._max_failed_starts = max_failed_starts
+        self._deaths = 0
         self._recovering = asyncio.Lock()
 
     async def start(self) -> EngineInfo:
@@ -38,20 +50,25 @@ class RayEngine:
             raise EngineError("unavailable", f"{self.name} died while it started: {_kind(error)}") from None
         return info
 
-    async def run(self, request: Request) -> Result:
-        """The whole answer. Raises EngineError, whatever happened to the actor."""
+    async def run(self, request: Request, until: Callable[[int], bool] | None = None) -> Result:
+        """The whole answer, or up to the token for which `until` is true. Raises EngineError, whatever
+        happened to the actor."""
         async with self._recovering:  # while another request mends the engine there is nobody to ask
             handle = self._handle
         if handle is None:
             raise EngineError("unavailable", f"{self.name} is gone")
         try:
-            result: Result = await handle.run.remote(request)
+            if until is None:
+                result: Result = await handle.run.remote(request)
+            else:
+                result = await _stream(handle, request, until)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, EngineError):
                 raise error.cause from None
             raise EngineError("internal", f"the engine raised {error.cause!r}") from None
         except ray.exceptions.RayError as error:
             raise EngineError("unavailable", f"the engine died: {_kind(error)}") from None
+        self._deaths = 0
         return result
 
     async def recover(self) -> bool:
@@ -60,10 +77,10 @@ class RayEngine:
             patience_s = self._config.start_timeout_s
             while self._handle is not None and patience_s > 0:
                 try:
-                    if await self._handle.ready.remote():
+                    if await asyncio.wait_for(_call(self._handle.ready), _SIGN_OF_LIFE_S):
                         return True
-                    await self._handle.check_health.remote()
-                except (ray.exceptions.RayError, EngineError) as death:
+                    await asyncio.wait_for(_call(self._handle.check_health), _SIGN_OF_LIFE_S)
+                except (ray.exceptions.RayError, EngineError, TimeoutError) as death:
                     logger.warning("%s is dead (%s); starting another in its place", self.name, _kind(death))
                     break
                 await asyncio.sleep(_POLL_S)
@@ -71,8 +88,12 @@ class RayEngine:
             return await self._replace()
 
     async def _replace(self) -> bool:
-        while self._replacements_left:
-            self._replacements_left -= 1
+        self._deaths += 1
+        if self._deaths > self._max_deaths:
+            logger.warning("%s died %d times without an answer: given up", self.name, self._max_deaths)
+            await self.stop()
+            return False
+        for _ in range(self._max_failed_starts):
             await self.stop()
             try:
                 await self.start()
@@ -80,6 +101,7 @@ class RayEngine:
                 logger.warning("%s did not start again: %s", self.name, fault)
             else:
                 return True
+        await self.stop()
         return False
 
     async def stop(self) -> None:
@@ -87,6 +109,40 @@ class RayEngine:
         handle, self._handle = self._handle, None
         if handle is not None:
             await asyncio.to_thread(stop_engine, handle)
+
+
+async def _call(method: Any) -> Any:
+    return await method.remote()
+
+
+async def _stream(handle: Any, request: Request, until: Callable[[int], bool]) -> Result:
+    """An answer that is ended at the token for which `until` is true."""
+    seen, end = 0, None
+    async for chunk_ref in handle.generate.options(num_returns="streaming").remote(request):
+        chunk = await chunk_ref
+        for token_id in chunk.token_ids:
+            seen += 1
+            if end is None and until(token_id):
+                end = seen
+                await handle.finish.remote(request.request_id)
+        if chunk.result is not None:
+            return chunk.result if end is None else shortened(chunk.result, end)
+    raise EngineError("internal", "the engine's stream ended without a result")
+
+
+def shortened(result: Result, num_tokens: int) -> Result:
+    """`result` as it was after its first `num_tokens` tokens. An engine runs on until it is told to stop;
+    the time of those tokens is taken off, each as long as the others."""
+    steps = len(result.token_ids) - 1
+    decode_s = result.decode_s * (num_tokens - 1) / steps if steps else 0.0
+    return dataclasses.replace(
+        result,
+        token_ids=result.token_ids[:num_tokens],
+        logprobs=None if result.logprobs is None else result.logprobs[:num_tokens],
+        finish_reason="stop",
+        decode_s=decode_s,
+        total_s=result.total_s - result.decode_s + decode_s,
+    )
 
 
 def _kind(error: Exception) -> str:

@@ -17,12 +17,13 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from cluster.protocol import EngineError
 from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
-from jobs.options import describe_schedule
+from jobs.options import describe_schedule, write_json
 from jobs.provenance import versions
-from jobs.timing import Case, Row, measure, plan, table, work_faults
+from jobs.timing import Case, Part, Row, measure, parts_table, plan, table, work_faults
 from spts.errors import ConfigError, SptsError, require_int
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,10 +40,13 @@ def parser() -> argparse.ArgumentParser:
     args.add_argument("--model", help=f"folder or hub id (default: {DEFAULT_MODEL})")
     args.add_argument("--shape", help=f"random weights instead, with --local: {', '.join(SHAPES)}")
     args.add_argument("--lengths", type=int, nargs="+", default=[4096], help="prompt lengths, tokens")
-    args.add_argument("--methods", nargs="+", default=["spts"], help="beside dense: spts, random, recency")
+    args.add_argument(
+        "--methods", nargs="+", default=["spts"], help="beside dense: spts, pap, pap+ltp, random, recency"
+    )
     args.add_argument(
         "--schedule", default="llama-3.1-8b", help="preset, scaled to the model, or a YAML file"
     )
+    args.add_argument("--published", action="store_true", help="a preset's own budgets at every length")
     args.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one to warm up")
     args.add_argument("--tokens-out", type=int, default=16, help="tokens per answer, the first included")
     args.add_argument("--dtype", default="float32", choices=tuple(DTYPE_BYTES))
@@ -52,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
     args.add_argument("--channels", type=int, help="D_low of random proxies, with --local")
     args.add_argument("--rank", type=int, help="rank of random proxies, with --local")
     args.add_argument("--attention", help="transformers' attention backend, with --local (default: sdpa)")
+    args.add_argument(
+        "--backends", nargs="+", default=[], choices=("flash", "cudnn", "efficient", "math"),
+        help="attention backends of torch to time dense with, beside the one torch chooses, with --local",
+    )  # fmt: skip
+    args.add_argument("--parts", action="store_true", help="where the time goes, with --local")
+    args.add_argument("--out", type=Path, help="a file to write the JSON to as well")
     args.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, on an engine")
     return args
 
@@ -76,6 +86,7 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
             schedule=args.schedule,
             proxy=arena.proxy,
             dtype_bytes=DTYPE_BYTES[args.dtype],
+            published=args.published,
         )
         for length in args.lengths
     ]
@@ -84,11 +95,45 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
         print("", f"predicted  {case.length} tokens: {describe_schedule(case.schedule)}", sep="\n")
         print(*(f"           {line}" for line in case.predictions()), sep="\n", flush=True)
     rows: list[Row] = []
+    parts: list[Part] = []
     for case in cases:
         rows += _race_one(args, arena, case)
+        if args.parts:
+            parts += _break_down(args, arena, case)
+        report = {
+            **arena.about,
+            "versions": versions(),
+            "rows": [asdict(row) for row in rows],
+            "parts": [asdict(part) for part in parts],
+        }
+        if args.out is not None:  # after every length: a later one may not fit
+            write_json(args.out, report)
+    for case in cases if parts else ():
+        print("", parts_table([part for part in parts if part.length_tokens == case.length]), sep="\n")
     print("", table(rows), "", sep="\n")
-    print(json.dumps({**arena.about, "versions": versions(), "rows": [asdict(row) for row in rows]}))
+    print(json.dumps(report))
     return rows
+
+
+def _prompt(args: argparse.Namespace, arena: Arena, case: Case) -> tuple[list[int], list[int]]:
+    """The prompt and the tokens that follow it, random."""
+    draw = random.Random(case.length)
+    vocab_size = arena.shape.vocab_size
+    prompt = [draw.randrange(vocab_size) for _ in range(case.length)]
+    return prompt, [draw.randrange(vocab_size) for _ in range(args.tokens_out - 1)]
+
+
+def _break_down(args: argparse.Namespace, arena: Arena, case: Case) -> list[Part]:
+    from jobs.breakdown import clocked
+
+    assert arena.local is not None, "engine_arena refuses --parts"
+    prompt, _ = _prompt(args, arena, case)
+    parts = []
+    for name, method in case.methods.items():
+        with clocked(arena.local) as clock:
+            arena.local.prefill(prompt, method)
+        parts += clock.parts(name, case.length, case.schedule)
+    return parts
 
 
 def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
@@ -96,33 +141,33 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
 
     from jobs.contestants import TOLERANCE, disagreement
 
-    draw = random.Random(case.length)
-    prompt, follow = (
-        [draw.randrange(arena.shape.vocab_size) for _ in range(count)]
-        for count in (case.length, args.tokens_out - 1)
-    )
-    contestants = [arena.enter(method) for method in case.methods]
-    if arena.rival is not None:
-        contestants.append(arena.rival)
+    prompt, follow = _prompt(args, arena, case)
+    contestants = [arena.enter(name, method) for name, method in case.methods.items()]
+    contestants += arena.rivals
     total = len(contestants) * (args.repeats + 1) + 1
     with tqdm(desc=f"{case.length} tokens", unit="run", total=total) as bar:
         warm = {}
         for each in contestants:
             warm[each.name] = each.run(prompt, follow)
             bar.update()
-        full = arena.enter(case.full()).run(prompt, follow)
+        full = arena.enter("full", case.full()).run(prompt, follow)
         bar.update()
         faults = work_faults(case, warm, arena.shape)
         equal = {"spts with budgets that cover the prompt": full}
-        if arena.rival is not None:
-            equal[arena.rival.name] = warm[arena.rival.name]
+        equal |= {rival.name: warm[rival.name] for rival in arena.rivals}
         for name, run in equal.items():
             if problem := disagreement(run.answer, warm["dense"].answer, TOLERANCE[args.dtype]):
                 faults.append(f"{name} does not equal dense: {problem}")
         if faults:
             raise GateError(f"at {case.length} tokens: {'; '.join(faults)}")
         return measure(
-            case, contestants, prompt=prompt, follow=follow, repeats=args.repeats, progress=bar.update
+            case,
+            contestants,
+            warm=warm,
+            prompt=prompt,
+            follow=follow,
+            repeats=args.repeats,
+            progress=bar.update,
         )
 
 

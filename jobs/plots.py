@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from jobs.palette import colours, numbered
 from jobs.stats import Estimate
-from jobs.summary import DEPTH_BINS, Line, ModelSummary
+from jobs.summary import Line, ModelSummary
 
-# Okabe and Ito's palette: told apart with any colour vision; every method has a marker of its own as well.
-_STYLE = {
-    "dense": ("#3f4a56", "o"),
-    "spts": ("#0072b2", "D"),
-    "random": ("#d55e00", "^"),
-    "recency": ("#b0579c", "v"),
-}
-_SPARE = (("#009e73", "s"), ("#b58900", "P"), ("#56b4e9", "X"), ("#7a5195", "*"), ("#8c564b", "h"))
 _INK, _FAINT, _GRID = "#39424e", "#7b8794", "#e6eaee"
 _RC = {
     "font.size": 9,
@@ -43,28 +36,15 @@ _RC = {
 }
 
 
-def colours(model: ModelSummary) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each label; the same method has the same ones in every report."""
-    spare = iter(_SPARE * len(model.labels))
-    taken: set[str] = set()
-    chosen = {}
-    for label in model.labels:
-        method = model.methods[label]
-        if method in _STYLE and method not in taken:
-            chosen[label] = _STYLE[method]
-            taken.add(method)
-        else:
-            chosen[label] = next(spare)
-    return chosen
-
-
 def short_length(length: int) -> str:
     """1024 -> "1K", 1000 -> "1000"."""
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
-def score_by_length(model: ModelSummary, task: str | None = None) -> str:
+def score_by_length(model: ModelSummary, task: str | None = None) -> str | None:
     """Mean score against prompt length, a line per method, with intervals; of one task, or over all."""
+    if len(model.lengths) < 2:
+        return None
     with matplotlib.rc_context(_RC):
         figure, axes = _figure()
         style = colours(model)
@@ -72,117 +52,155 @@ def score_by_length(model: ModelSummary, task: str | None = None) -> str:
             lines = _along(model, label, task)
             if lines:
                 places = [_dodged(model, label, line.length) for line in lines]
-                _error_line(axes, places, [line.score for line in lines], label, style[label])
+                _error_line(axes, places, [line.score for line in lines], label, style[label],
+                            whiskers=not numbered(model))  # fmt: skip
         _length_axis(axes, model.lengths)
         _score_axis(axes)
-        _legend(figure, axes)
+        _legend(figure, axes, model)
         return _svg(figure)
 
 
-def score_by_cost(model: ModelSummary) -> str:
-    """Mean score against the measured share of dense FLOP: a mark per method and length, one overall."""
+def score_by_task(model: ModelSummary) -> str | None:
+    """Mean score of each task over all lengths, a row per task and a mark per method, with intervals."""
+    if len(model.tasks) < 2 or numbered(model):
+        return None
+    with matplotlib.rc_context(_RC):
+        figure, axes = _figure(height=max(3.1, 1.1 + 0.27 * len(model.tasks)))
+        for place, label in enumerate(model.labels):
+            colour, marker = colours(model)[label]
+            shift = 0.6 * ((place + 0.5) / len(model.labels) - 0.5)
+            found = [(row, model.by_task.get((label, task))) for row, task in enumerate(model.tasks)]
+            known = [(row + shift, line.score) for row, line in found if line is not None]
+            axes.errorbar(
+                [100 * score.value for _, score in known], [row for row, _ in known],
+                xerr=_ends([score for _, score in known]), label=label, color=colour, marker=marker,
+                markersize=5, linestyle="none", elinewidth=1, markeredgecolor="white", markeredgewidth=0.5,
+            )  # fmt: skip
+        axes.set_yticks(range(len(model.tasks)), model.tasks)
+        axes.set_ylim(len(model.tasks) - 0.5, -0.5)
+        axes.set_xlim(-3, 104)
+        axes.set_xlabel("score, %")
+        axes.grid(visible=False, axis="y")
+        _legend(figure, axes, model)
+        return _svg(figure)
+
+
+Cost = Callable[[Line], float | None]
+
+
+def flop_share(line: Line) -> float | None:
+    """Share of the dense prefill's FLOP, counted from the work really done."""
+    return line.costs.flop_share
+
+
+def kv_share(line: Line) -> float | None:
+    """Share of the bytes in a dense KV cache, after the prefill."""
+    return line.costs.kv_share
+
+
+def ttft_share(line: Line) -> float | None:
+    """Share of dense's time to first token, as measured on the same prompts."""
+    return None if line.costs.speedup is None else 1 / line.costs.speedup
+
+
+def score_by_cost(model: ModelSummary, cost: Cost, name: str) -> str | None:
+    """Mean score against a measured cost: a mark per method over all samples, small ones per length, and the
+    front of those that nothing beats in both. `cost` is a share of dense; None where no method has one."""
     with matplotlib.rc_context(_RC):
         figure, axes = _figure()
         style = colours(model)
+        known = [line for line in model.overall.values() if cost(line) is not None]
+        if not known:
+            return None
         for label in model.labels:
             colour, marker = style[label]
-            for line in _along(model, label, None):
-                if line.flop_share is not None:
+            for line in [] if numbered(model) else _along(model, label, None):
+                if (x := cost(line)) is not None:
                     axes.plot(
-                        100 * line.flop_share,
-                        100 * line.score.value,
-                        marker,
-                        color=colour,
-                        markersize=4,
-                        alpha=0.35,
+                        100 * x, 100 * line.score.value, marker, color=colour, markersize=3.5, alpha=0.3
                     )
             whole = model.overall.get(label)
-            if whole is not None and whole.flop_share is not None:
-                _error_line(axes, [100 * whole.flop_share], [whole.score], label, style[label], markersize=8)
-        front = pareto_front([line for line in model.overall.values() if line.flop_share is not None])
+            if whole is not None and (x := cost(whole)) is not None:
+                _error_line(axes, [100 * x], [whole.score], label, style[label], markersize=7,
+                            whiskers=not numbered(model))  # fmt: skip
+                if numbered(model):
+                    number = str(model.labels.index(label) + 1)
+                    axes.annotate(number, (100 * x, 100 * whole.score.value), xytext=(4, 4),
+                                  textcoords="offset points", fontsize=7, color=_INK)  # fmt: skip
+        front = pareto_front(known, cost)
         if len(front) > 1:
-            xs = [100 * (line.flop_share or 0) for line in front]
-            axes.plot(
-                xs, [100 * line.score.value for line in front], "--", color=_FAINT, linewidth=1, zorder=1
-            )
-        axes.set_xlim(0, 108)
-        axes.set_xlabel("prefill FLOP, % of dense (measured)")
-        _score_axis(axes)
-        _legend(figure, axes)
+            axes.plot([100 * (cost(line) or 0) for line in front], [100 * line.score.value for line in front],
+                      "--", color=_FAINT, linewidth=1, zorder=1)  # fmt: skip
+        axes.margins(x=0.08, y=0.1)
+        axes.set_xlabel(name)
+        axes.set_ylabel("score, %")
+        _legend(figure, axes, model)
         return _svg(figure)
 
 
-def cost_by_length(model: ModelSummary) -> str:
+def flops_by_length(model: ModelSummary) -> str | None:
     """Measured share of dense FLOP against prompt length, a line per method."""
+    if len(model.lengths) < 2:
+        return None
     with matplotlib.rc_context(_RC):
         figure, axes = _figure()
         for label in model.labels:
-            lines = [line for line in _along(model, label, None) if line.flop_share is not None]
-            colour, marker = colours(model)[label]
-            shares = [100 * (line.flop_share or 0) for line in lines]
-            axes.plot([line.length for line in lines], shares, color=colour, marker=marker, markersize=5,
-                      linewidth=1.8, label=label)  # fmt: skip
+            lines = [line for line in _along(model, label, None) if line.costs.flop_share is not None]
+            shares = [100 * (line.costs.flop_share or 0) for line in lines]
+            _line(axes, [line.length or 0 for line in lines], shares, label, colours(model)[label])
         _length_axis(axes, model.lengths)
         axes.set_ylim(0, 108)
         axes.set_ylabel("prefill FLOP, % of dense")
-        _legend(figure, axes)
+        _legend(figure, axes, model)
         return _svg(figure)
 
 
 def ttft_by_length(model: ModelSummary) -> str | None:
-    """Median time to the first token against prompt length; None where no sample has a time."""
+    """Median time to the first token against prompt length, beside what the cost model predicts (dotted).
+
+    The prediction is dense's time measured at that length times the method's share of dense FLOP, so a solid
+    line above its dotted one is time that no matrix product accounts for. None where no sample has a time.
+    """
+    if len(model.lengths) < 2:
+        return None
     with matplotlib.rc_context(_RC):
         figure, axes = _figure()
-        drawn = False
-        for label in model.labels:
-            lines = [line for line in _along(model, label, None) if line.ttft_s]
-            if lines:
-                colour, marker = colours(model)[label]
-                xs, ys = [line.length for line in lines], [line.ttft_s for line in lines]
-                axes.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
-                drawn = True
-        if not drawn:
+        measured = {label: [line for line in _along(model, label, None) if line.costs.ttft_s]
+                    for label in model.labels}  # fmt: skip
+        if not any(measured.values()):
             return None
+        for label, lines in measured.items():
+            style = colours(model)[label]
+            _line(axes, [line.length or 0 for line in lines], [line.costs.ttft_s or 0 for line in lines],
+                  label, style)  # fmt: skip
+            expected = [
+                (line.length or 0, time)
+                for line in _along(model, label, None)
+                if label != model.baseline and (time := predicted_ttft(model, line)) is not None
+            ]
+            axes.plot([x for x, _ in expected], [y for _, y in expected], ":", color=style[0], linewidth=1.2)
         _length_axis(axes, model.lengths)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.set_ylabel("time to first token, s (median)")
-        _legend(figure, axes)
+        _legend(figure, axes, model)
         return _svg(figure)
 
 
-def depth_map(model: ModelSummary, label: str) -> str | None:
-    """Mean score by the place of the answer and prompt length; None where tasks do not say the place."""
-    cells = {(length, row): value for (name, length, row), value in model.depth.items() if name == label}
-    if not cells:
+def predicted_ttft(model: ModelSummary, line: Line) -> float | None:
+    """Seconds that a method's FLOP alone would take: dense's measured time × the share of dense FLOP."""
+    dense = model.by_length.get((model.baseline or "", line.length or 0))
+    if dense is None or dense.costs.ttft_s is None or line.costs.flop_share is None:
         return None
-    grid = [[cells.get((length, row), float("nan")) for length in model.lengths] for row in range(DEPTH_BINS)]
-    with matplotlib.rc_context({**_RC, "axes.grid": False}):
-        figure, axes = _figure(width=3.1, height=2.5)
-        axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        for row, values in enumerate(grid):
-            for column, value in enumerate(values):
-                if value == value:
-                    axes.text(
-                        column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
-                        color="white" if value > 0.55 else _INK,
-                    )  # fmt: skip
-        axes.set_xticks(range(len(model.lengths)), [short_length(length) for length in model.lengths])
-        step = 100 // DEPTH_BINS
-        axes.set_yticks(range(DEPTH_BINS), [f"{step * i}-{step * (i + 1)}" for i in range(DEPTH_BINS)])
-        axes.tick_params(length=0)
-        axes.set_ylabel("place, % of prompt")
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        return _svg(figure)
+    return dense.costs.ttft_s * line.costs.flop_share
 
 
-def pareto_front(lines: Sequence[Line]) -> list[Line]:
+def pareto_front(lines: Sequence[Line], cost: Cost) -> list[Line]:
     """Those that no other line beats in both score and cost, by falling cost."""
     front: list[Line] = []
-    for line in sorted(lines, key=lambda one: (one.flop_share or 0.0, -one.score.value)):
+    for line in sorted(lines, key=lambda one: (cost(one) or 0.0, -one.score.value)):
         if not front or line.score.value > front[-1].score.value:
             front.append(line)
     return front[::-1]
@@ -198,7 +216,7 @@ def _along(model: ModelSummary, label: str, task: str | None) -> list[Line]:
 
 def _dodged(model: ModelSummary, label: str, length: int | None) -> float:
     """A little beside the true length, so that intervals of different methods do not hide one another."""
-    step = model.labels.index(label) - (len(model.labels) - 1) / 2
+    step = 0.0 if numbered(model) else model.labels.index(label) - (len(model.labels) - 1) / 2
     return (length or 0) * 1.035**step
 
 
@@ -207,22 +225,31 @@ def _figure(width: float = 4.6, height: float = 3.1) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
+def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], label: str, style: tuple[str, str]) -> None:
+    axes.plot(xs, ys, color=style[0], marker=style[1], markersize=5, linewidth=1.6, label=label)
+
+
 def _error_line(
     axes: Any,
     xs: Sequence[float],
     scores: Sequence[Estimate],
     label: str,
     style: tuple[str, str],
+    *,
     markersize: float = 5,
+    whiskers: bool = True,
 ) -> None:
-    colour, marker = style
-    values = [100 * score.value for score in scores]
+    axes.errorbar(
+        xs, [100 * score.value for score in scores], yerr=_ends(scores) if whiskers else None, label=label,
+        color=style[0], marker=style[1], markersize=markersize, linewidth=1.8 if whiskers else 1.2,
+        elinewidth=1.1, capsize=2.5, markeredgecolor="white", markeredgewidth=0.7,
+    )  # fmt: skip
+
+
+def _ends(scores: Sequence[Estimate]) -> list[list[float]]:
     below = [100 * max(0.0, score.value - score.low) for score in scores]
     above = [100 * max(0.0, score.high - score.value) for score in scores]
-    axes.errorbar(
-        xs, values, yerr=[below, above], label=label, color=colour, marker=marker, markersize=markersize,
-        linewidth=1.8, elinewidth=1.1, capsize=2.5, markeredgecolor="white", markeredgewidth=0.7,
-    )  # fmt: skip
+    return [below, above]
 
 
 def _length_axis(axes: Any, lengths: Sequence[int]) -> None:
@@ -238,12 +265,18 @@ def _score_axis(axes: Any) -> None:
     axes.set_ylabel("score, %")
 
 
-def _legend(figure: Figure, axes: Any) -> None:
+def _legend(figure: Figure, axes: Any, model: ModelSummary) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    if labels:
+    if labels and not numbered(model):
         handles = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]  # no whiskers
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.6,
-                      columnspacing=1.2, fontsize=8.5)  # fmt: skip
+        columns = max(1, min(4, len(labels), 52 // (max(map(len, labels)) + 5)))
+        figure.legend(handles, [literal(label) for label in labels], loc="outside upper left", ncols=columns,
+                      handlelength=1.6, columnspacing=1.2, fontsize=8.5)  # fmt: skip
+
+
+def literal(text: str) -> str:
+    """A label that Matplotlib draws as it is: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def _svg(figure: Figure) -> str:

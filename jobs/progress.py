@@ -5,41 +5,26 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jobs.plots import short_length
-from jobs.record import Row
-from jobs.tasks import get_task
+from jobs.record import PlannedSample, Row
 from jobs.work import Work
 
 LINE_EVERY_S = 5.0
 
 
-class SweepProgress:
-    """Counts rows, keeps a running score per method, and estimates the time left from the FLOP left.
+class _Display:
+    """A count that grows to `total`: a bar if `out` is a terminal, else a line every few seconds."""
 
-    work: what will be run now. already: samples done by an earlier start. out: where to write; a bar if it is
-    a terminal. clock: seconds.
-    """
-
-    def __init__(
-        self,
-        work: Sequence[Work],
-        *,
-        already: int = 0,
-        out: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, total: int, done: int, out: TextIO | None, clock: Callable[[], float]) -> None:
+        self.total, self.done = total, done
         self._out = out if out is not None else sys.stdout
         self._clock = clock
-        self._total, self._done = already + len(work), already
-        self._flops_total, self._flops_done = sum(one.flops for one in work), 0.0
-        self._scores: dict[str, list[float]] = {one.cell.label: [] for one in work}
-        self._errors: dict[str, int] = defaultdict(int)
         self._started = self._last_line = clock()
         self._bar: Progress | None = None
         if self._out.isatty():
@@ -49,68 +34,130 @@ class SweepProgress:
                 TextColumn("{task.description}"),
                 console=Console(file=self._out),
             )
-            self._task = self._bar.add_task("starting", total=self._total, completed=already)
+            self._task = self._bar.add_task("starting", total=total, completed=done)
             self._bar.start()
 
-    def on_row(self, work: Work, row: Row) -> None:
-        """Takes note of one row, and shows it if it is time to."""
-        self._done += 1
-        self._flops_done += work.flops
-        failed = row.error is not None or row.text is None
-        score = (
-            0.0
-            if failed
-            else get_task(work.cell.task_spec).score(
-                row.text or "", work.planned.references, work.planned.meta
-            )
-        )
-        self._scores[work.cell.label].append(score)
-        now = self._clock()
-        if failed:
-            self._errors[str(row.error)] += 1
-            if self._errors[str(row.error)] <= 3:  # the fourth of a kind says nothing new
-                self._print(f"failed: {work.planned.sample} with {work.cell.label}: {row.error}")
-        latest = f"{short_length(work.cell.length)} {work.cell.task} {work.cell.label}"
-        if row.ttft_s is not None:
-            latest += f", first token {row.ttft_s:.2f} s"
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._started
+
+    def show(self, bar: Callable[[], str], line: Callable[[], str]) -> None:
+        """Shows the count, with `bar()` beside a bar or as `line()`; neither is called for nothing."""
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=self._done, description=f"{self._left()} left · {self.scores()}"
-            )
-        elif now - self._last_line >= LINE_EVERY_S or self._done == self._total:
+            self._bar.update(self._task, completed=self.done, description=bar())
+            return
+        now = self._clock()
+        if now - self._last_line >= LINE_EVERY_S or self.done == self.total:
             self._last_line = now
-            share = 100 * self._done // self._total
-            done = f"{self._done:{len(str(self._total))}}/{self._total}"
-            self._print(
-                f"[{done} {share:3d}%] {clock_time(now - self._started)} elapsed, "
-                f"{self._left()} left | score so far: {self.scores()} | {latest}"
-            )
+            done = f"{self.done:{len(str(self.total))}}/{self.total}"
+            self.print(f"[{done} {100 * self.done // self.total:3d}%] {line()}")
 
-    def scores(self) -> str:
-        """Mean score in % of each method over its rows so far."""
-        parts = [
-            f"{label} {100 * sum(values) / len(values):.0f}"
-            for label, values in self._scores.items()
-            if values
-        ]
-        return ", ".join(parts)
-
-    def _left(self) -> str:
-        elapsed = self._clock() - self._started
-        if not self._flops_done:
-            return "?"
-        return clock_time(elapsed * (self._flops_total - self._flops_done) / self._flops_done)
-
-    def _print(self, line: str) -> None:
+    def print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             print(line, file=self._out, flush=True)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class PromptProgress:
+    """Counts samples whose prompts were made. total: as many as the configuration asks for."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        out: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._display = _Display(total, 0, out, clock)
+
+    def on_prompt(self, num_samples: int) -> None:
+        """Takes note of one prompt, made for so many samples."""
+        display = self._display
+        display.done += num_samples
+        display.show(
+            lambda: "making the prompts",
+            lambda: f"{clock_time(display.elapsed_s)} elapsed, making the prompts",
+        )
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._display.close()
+
+
+class SweepProgress:
+    """Counts rows, keeps a running score per method, and estimates the time left from the FLOP left.
+
+    labels: of the methods. total: samples of the sweep; already: those done by an earlier start. flops: of
+    what will be run now. planned: reads what the plan says of a piece of work. out: where to write; a bar if
+    it is a terminal. clock: seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: Iterable[str],
+        total: int,
+        already: int,
+        flops: float,
+        planned: Callable[[Work], PlannedSample],
+        out: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._display = _Display(total, already, out, clock)
+        self._planned = planned
+        self._flops_total, self._flops_done = flops, 0.0
+        self._scores = {label: [0.0, 0] for label in labels}
+        self._errors: dict[str, int] = defaultdict(int)
+
+    def on_row(self, work: Work, row: Row) -> None:
+        """Takes note of one row, and shows it if it is time to."""
+        record, display = work.cell.record, self._display
+        display.done += 1
+        self._flops_done += work.flops
+        failed = row.error is not None or row.text is None
+        score = 0.0
+        if not failed:
+            planned = self._planned(work)
+            score = work.cell.task.score(row.text or "", planned.references, planned.meta)
+        sums = self._scores[record.label]
+        sums[0] += score
+        sums[1] += 1
+        if failed:
+            self._errors[str(row.error)] += 1
+            if self._errors[str(row.error)] <= 3:  # the fourth of a kind says nothing new
+                display.print(f"failed: {work.sample} with {record.label}: {row.error}")
+        display.show(lambda: f"{self._left()} left · {self.scores()}", lambda: self._line(work, row))
+
+    def _line(self, work: Work, row: Row) -> str:
+        record = work.cell.record
+        latest = f"{short_length(record.length)} {record.task} {record.label}"
+        if row.ttft_s is not None:
+            latest += f", first token {row.ttft_s:.2f} s"
+        return (
+            f"{clock_time(self._display.elapsed_s)} elapsed, {self._left()} left | "
+            f"score so far: {self.scores()} | {latest}"
+        )
+
+    def scores(self) -> str:
+        """Mean score in % of each method over its rows so far."""
+        return ", ".join(
+            f"{label} {100 * total / count:.0f}" for label, (total, count) in self._scores.items() if count
+        )
+
+    def _left(self) -> str:
+        if not self._flops_done:
+            return "?"
+        elapsed_s = self._display.elapsed_s
+        return clock_time(elapsed_s * (self._flops_total - self._flops_done) / self._flops_done)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._display.close()
 
 
 def clock_time(seconds: float) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.record import read_lines, repair_last_line, to_line
+from jobs.lines import append as append_line
+from jobs.lines import read_lines, repair_last_line, to_line, writing
 
 _FILE = "provenance.jsonl"
 _PACKAGES = ("spts", "torch", "transformers", "tokenizers", "ray", "deepspeed", "triton", "numpy", "scipy")
@@ -33,17 +34,26 @@ def collect(*, command: Sequence[str], config: Mapping[str, Any], commit: str | 
 
 
 def append(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Adds one start of the sweep to a results folder."""
-    with (folder / _FILE).open("ab+", buffering=0) as file:
+    """Adds one start of the sweep to a results folder; `entry["run"]` names it. Raises DiskError."""
+    path = folder / _FILE
+    with writing(path), path.open("ab+", buffering=0) as file:
         repair_last_line(file)
-        file.write(to_line(entry))
+        append_line(file, to_line(entry))
         os.fsync(file.fileno())
 
 
+def finish(folder: Path, run: str, end: Mapping[str, Any]) -> None:
+    """Adds how a start of the sweep ended: `read` gives it as that start's `end`. Raises DiskError."""
+    append(folder, {"run": run, "end": dict(end)})
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
-    """One entry per start of the sweep, oldest first."""
+    """One entry per start of the sweep, oldest first. One without `end` was killed."""
     path = folder / _FILE
-    return list(read_lines(path)) if path.is_file() else []
+    starts: dict[str, dict[str, Any]] = {}
+    for line in read_lines(path) if path.is_file() else ():
+        starts.setdefault(line["run"], {}).update(line)
+    return list(starts.values())
 
 
 def code_hash(root: Path) -> str:

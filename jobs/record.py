@@ -1,14 +1,20 @@
 """What a sweep leaves on disk: plan, rows, provenance. Plain files, read without a cluster.
 
     <results>/
-        plan.json          the cells and samples that the last start of the sweep asked for
-        rows/*.jsonl       raw answers, one JSON object a line, appended and synced as soon as each is done
-        provenance.jsonl   one line per start of the sweep: command, code, versions, hardware
+        plan.jsonl         what the last start of the sweep asked for: a line with name and cells, then a line
+                           per sample
+        rows/*.jsonl       raw answers, one JSON object a line, appended as soon as each is there
+        provenance.jsonl   lines per start of the sweep: command, code, versions, hardware; how it ended
+        prompts.bin        only while a sweep runs: the rendered prompts, token ids as int32
         README.md          this list, with every key and its unit
-        report.*           written by jobs.report from the three above
+        report.*           written by jobs.report from plan, rows and provenance
 
 A row is identified by its key, a hash of the cell (model, method, task, length, seed), the sample and its
 rendered prompt. So a resumed sweep runs exactly the keys of the plan that no row has yet.
+
+What can be lost: a process killed at any moment (kill -9) loses no row, and of the one that it was writing
+the torn line is cut off at the next start. A power cut loses at most the rows of the last two seconds: a
+background thread syncs every file of rows once a second. What is lost is simply done again.
 """
 
 from __future__ import annotations
@@ -17,18 +23,21 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from jobs import columns
+from jobs.lines import append, parsed, read_lines, repair_last_line, to_line, writing
 from spts.errors import ConfigError
 
 SCHEMA_VERSION = 2
 
 _ROWS = "rows"
-_PLAN = "plan.json"
+_PLAN = "plan.jsonl"
+_PLAN_OF_SCHEMA_1 = "plan.json"
 
 
 def _doc(text: str, **kwargs: Any) -> Any:
@@ -70,7 +79,7 @@ class PlannedSample:
     cell: str = _doc("id of its cell")
     sample: str = _doc("id of the sample, the same for every method")
     prompt_tokens: int = _doc("tokens of the prompt")
-    prompt_sha256: str = _doc("hash of the rendered prompt")
+    prompt_sha256: str = _doc("hash of the rendered prompt's tokens, and of those to follow")
     question: str = _doc("the prompt's last characters, for reading")
     references: tuple[str, ...] = _doc("what a right answer contains")
     meta: Mapping[str, Any] = _doc("what the task says of the sample")
@@ -95,12 +104,12 @@ class Row:
     sample: str = _doc("id of the sample")
     engine: str = _doc("name of the engine that ran it")
     run: str = _doc("id of the start of the sweep that wrote the row, see provenance.jsonl")
-    attempts: int = _doc("times the sample was tried, 1 or more")
+    attempts: int = _doc("times the sample was given to an engine, 1 or more")
     finished_unix_s: float = _doc("time of writing, seconds since 1970")
     error: str | None = _doc("why there is no answer; null for an answered sample", default=None)
     error_kind: str | None = _doc("kind of the error, one of cluster.protocol.ERROR_KINDS", default=None)
     prompt_tokens: int | None = _doc("tokens of the prompt as the engine counted them", default=None)
-    text: str | None = _doc("the answer, as decoded, untouched", default=None)
+    text: str | None = _doc("the answer, as decoded, up to the task's stop strings", default=None)
     token_ids: tuple[int, ...] | None = _doc("the answer's tokens", default=None)
     finish_reason: str | None = _doc('"stop" or "length"', default=None)
     queue_s: float | None = _doc(
@@ -141,31 +150,42 @@ def sample_key(cell_id: str, sample_id: str, prompt_sha256: str) -> str:
     return content_hash([cell_id, sample_id, prompt_sha256])
 
 
-def to_line(value: Mapping[str, Any]) -> bytes:
-    """One JSON object as a line; NaN and infinity are refused."""
-    return json.dumps(value, ensure_ascii=True, allow_nan=False).encode() + b"\n"
-
-
 class RowWriter:
-    """Appends rows to one worker's file; a row handed to `write` is on disk when the call returns.
+    """Appends rows to one worker's file.
 
-    A last line torn by a kill is repaired on opening: completed if only its newline was lost, else cut off.
+    A row handed to `write` outlives this process when the call returns, and a power cut once `sync` has
+    returned. A last line torn by a kill or a full disk is repaired on opening: completed if only its newline
+    was lost, else cut off. Raises DiskError when the file cannot be written.
     """
 
     def __init__(self, folder: Path, engine: str) -> None:
-        path = folder / _ROWS / f"{engine}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("ab+", buffering=0)
-        repair_last_line(self._file)
+        self._path = folder / _ROWS / f"{engine}.jsonl"
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = self._path.open("ab+", buffering=0)
+            repair_last_line(self._file)
+        self._synced = True
 
     def write(self, row: Row) -> None:
-        """Appends one row and waits until it is on disk."""
-        self._file.write(to_line(asdict(row)))
-        os.fsync(self._file.fileno())
+        """Appends one row."""
+        line = to_line(vars(row))
+        with writing(self._path):
+            append(self._file, line)
+        self._synced = False
+
+    def sync(self) -> None:
+        """Waits until all rows so far are on disk. May run in another thread than `write`."""
+        if not self._synced:
+            self._synced = True
+            with writing(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Syncs and closes the file."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -174,78 +194,116 @@ class RowWriter:
         self.close()
 
 
-def repair_last_line(file: BinaryIO) -> None:
-    """Completes or cuts off a last line that a kill tore; `file` is open for reading and appending."""
-    file.seek(0)
-    text = file.read()
-    end = text.rfind(b"\n") + 1
-    tail = text[end:]
-    if not tail:
-        return
-    if _parsed(tail) is not None:
-        file.write(b"\n")
-    else:
-        file.truncate(end)
-    os.fsync(file.fileno())
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, without a torn last one.
-
-    Raises:
-        ConfigError: another line that is no JSON object.
-    """
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        value = _parsed(line)
-        if value is not None:
-            yield value
-        elif number < len(lines):  # the last one may be torn: its sample simply counts as not done yet
-            raise ConfigError(
-                f"{path}:{number} must be one JSON object a line, got {line[:60]!r}; "
-                "restore the file or delete that line",
-                field=str(path),
-            )
-
-
-def read_rows(folder: Path) -> dict[str, Row]:
-    """All rows of a results folder by key. Where a key was retried, the row without an error counts.
+def iterate_rows(folder: Path) -> Iterator[Row]:
+    """All rows of a results folder as they lie on disk; a key that was tried again comes again.
 
     Raises:
         ConfigError: a line that is no row, other than a torn last one.
     """
     known = {f.name for f in fields(Row)}
-    rows: dict[str, Row] = {}
     for path in sorted((folder / _ROWS).glob("*.jsonl")):
         for value in read_lines(path):
             if unknown := sorted(set(value) ^ known):
                 raise ConfigError(
                     f"rows of {path} must have the keys of schema {SCHEMA_VERSION}, got other {unknown}; "
-                    "report them with the version of this package that wrote them",
+                    "use them with the version of this package that wrote them, or choose another folder",
                     field=str(path),
                 )
             if value["token_ids"] is not None:
                 value["token_ids"] = tuple(value["token_ids"])
-            row = Row(**value)
-            if row.key not in rows or rows[row.key].error is not None:
-                rows[row.key] = row
+            yield Row(**value)
+
+
+def read_rows(folder: Path) -> dict[str, Row]:
+    """All rows of a results folder by key. Where a key was retried, the row without an error counts.
+
+    Raises ConfigError as `iterate_rows`.
+    """
+    rows: dict[str, Row] = {}
+    for row in iterate_rows(folder):
+        if row.key not in rows or rows[row.key].error is not None:
+            rows[row.key] = row
     return rows
+
+
+class PlanWriter:
+    """Writes a plan sample by sample, so that it need not be held in memory.
+
+    The folder keeps its old plan until `commit` puts the new one in its place, and has the old one still if
+    that is never called. Samples are read back by the place that `add` gave. Raises DiskError.
+    """
+
+    def __init__(self, folder: Path, *, name: str, cells: Sequence[CellRecord]) -> None:
+        self._path = folder / _PLAN
+        self._new = folder / f"{_PLAN}.new"
+        head = {"schema": SCHEMA_VERSION, "name": name, "cells": [asdict(cell) for cell in cells]}
+        with writing(self._path):
+            self._file = self._new.open("wb")
+            self._end = self._file.write(to_line(head))
+        self._reader: BinaryIO | None = None
+
+    def add(self, sample: PlannedSample) -> int:
+        """Adds a sample and returns its place."""
+        place = self._end
+        with writing(self._path):
+            self._end += self._file.write(to_line(vars(sample)))
+        return place
+
+    def sample(self, place: int) -> PlannedSample:
+        """The sample at a place that `add` returned; once the plan is committed."""
+        assert self._reader is not None, "samples are read from a plan that is complete"
+        self._reader.seek(place)
+        return _planned(json.loads(self._reader.readline()))
+
+    def commit(self) -> None:
+        """Replaces the folder's plan at one stroke, and writes the folder's README beside it."""
+        path = self._path
+        with writing(path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._new.replace(path)
+            self._reader = path.open("rb")
+            write_file(path.with_name("README.md"), describe().encode())
+
+    def close(self) -> None:
+        """Ends reading and writing; a plan that was not committed is gone."""
+        with suppress(OSError):  # what a full disk did not take is said already
+            self._file.close()
+        if self._reader is not None:
+            self._reader.close()
+        self._new.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Replaces the plan at one stroke, and writes the folder's README beside it."""
-    write_file(folder / _PLAN, json.dumps({"schema": SCHEMA_VERSION, **asdict(plan)}, indent=1).encode())
-    write_file(folder / "README.md", describe().encode())
+    with PlanWriter(folder, name=plan.name, cells=plan.cells) as writer:
+        for sample in plan.samples:
+            writer.add(sample)
+        writer.commit()
+
+
+def check_schema(folder: Path) -> None:
+    """Raises ConfigError if a results folder holds a plan of another version."""
+    path = folder / _PLAN
+    if path.is_file():
+        with path.open("rb") as file:
+            head = parsed(file.readline()) or {}
+    elif (path := folder / _PLAN_OF_SCHEMA_1).is_file():
+        head = parsed(path.read_bytes()) or {}
+    else:
+        return
+    if head.get("schema") != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path} must have schema {SCHEMA_VERSION}, got {head.get('schema')!r}; use it with the version "
+            "of this package that wrote it, or choose another folder",
+            field="results",
+        )
 
 
 def read_plan(folder: Path) -> Plan:
@@ -254,24 +312,24 @@ def read_plan(folder: Path) -> Plan:
     Raises:
         ConfigError: no plan there, or one of another schema.
     """
+    check_schema(folder)
     path = folder / _PLAN
     if not path.is_file():
         raise ConfigError(
             f"results must be a folder of jobs.sweep, got {folder} without {_PLAN}; run the sweep first",
             field="results",
         )
-    value = json.loads(path.read_bytes())
-    if value.get("schema") != SCHEMA_VERSION:
-        raise ConfigError(
-            f"{path} must have schema {SCHEMA_VERSION}, got {value.get('schema')!r}; "
-            "report it with the version of this package that wrote it",
-            field="results",
-        )
+    lines = read_lines(path)
+    head = next(lines)
     return Plan(
-        name=value["name"],
-        cells=tuple(CellRecord(**cell) for cell in value["cells"]),
-        samples=tuple(PlannedSample(**{**s, "references": tuple(s["references"])}) for s in value["samples"]),
+        name=head["name"],
+        cells=tuple(CellRecord(**cell) for cell in head["cells"]),
+        samples=tuple(_planned(line) for line in lines),
     )
+
+
+def _planned(line: dict[str, Any]) -> PlannedSample:
+    return PlannedSample(**{**line, "references": tuple(line["references"])})
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -307,9 +365,9 @@ def describe() -> str:
     """The results folder's README: its files, every key and its unit."""
     assert __doc__ is not None
     parts = ["# Results of a sweep", "", *__doc__.splitlines(), ""]
-    tables = {"plan.json: cells": CellRecord, "plan.json: samples": PlannedSample, "rows/*.jsonl": Row}
+    tables = {"plan.jsonl: cells": CellRecord, "plan.jsonl: samples": PlannedSample, "rows/*.jsonl": Row}
     for title, cls in tables.items():
         parts += [f"## {title}", "", "| key | meaning |", "|---|---|"]
         parts += [f"| {f.name} | {f.metadata['doc']} |" for f in fields(cls)]
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, columns.describe()])

@@ -6,7 +6,7 @@ methods:
   - name: dense
   - name: spts
     schedule: {preset: demo-12l, scaled: true}
-tasks: [single, multikey]
+tasks: [single, {name: grid, depths: 11}]
 lengths: [1024, 4096]
 samples: 20
 output: results/demo
@@ -15,22 +15,24 @@ output: results/demo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from cluster.config import Strict, load_yaml
 from jobs.options import schedule_from, writable_folder
-from jobs.tasks import get_task
+from jobs.tasks import Task, make_tasks
 from spts import methods
 from spts.errors import ConfigError
-from spts.methods import METHODS, Method
+from spts.methods import METHODS, Method, Spts
 from spts.schedule import Schedule
 
 
 class EngineSpec(Strict):
-    """The engines of a sweep: `count` equal ones, each answering `in_flight` prompts at a time.
+    """The engines of a sweep: `count` equal ones, each with `in_flight` contexts at a time.
 
     Times are those of a prompt alone only if in_flight is 1. The other keys: `cluster.config.EngineConfig`.
     """
@@ -49,14 +51,17 @@ class MethodSpec(Strict):
     """One method with its parameters.
 
     schedule: a preset's name; {preset, scaled}; or a schedule's own keys, with reference_tokens to scale it.
-    A scaled schedule is fitted to the model's depth and to each prompt length. seed: of methods that draw.
-    label: its name in reports, unique; None = the method's name.
+    A scaled schedule is fitted to the model's depth and to each prompt length. label: its name in reports,
+    unique; None = the method's name. proxies: folder of fitted proxies, of a method that needs them; None =
+    the sweep's. All other keys: the fields of the method's class in `spts.methods`.
     """
+
+    model_config = ConfigDict(extra="allow")
 
     name: str
     label: str | None = Field(default=None, min_length=1, max_length=40)
     schedule: str | dict[str, Any] | None = None
-    seed: int | None = None
+    proxies: str | None = None
 
     @field_validator("name")
     @classmethod
@@ -65,20 +70,37 @@ class MethodSpec(Strict):
             raise ValueError(f"name must be one of {', '.join(METHODS)}, got {value!r}; choose one of them")
         return value
 
+    @model_validator(mode="after")
+    def _knows_its_keys(self) -> MethodSpec:
+        method = METHODS[self.name]
+        known = ["name", "label", *(field.name for field in fields(method))]
+        if method is Spts:
+            known.append("proxies")
+        for key in (*self.model_fields_set, *(self.model_extra or {})):
+            if key not in known:
+                raise ValueError(
+                    f"{key} must be one of {', '.join(known)} for method {self.name!r}, got an unknown key; "
+                    "remove it or correct its name"
+                )
+        return self
+
     @property
     def title(self) -> str:
         """The label in reports."""
         return self.label or self.name
 
+    @property
+    def needs_proxies(self) -> bool:
+        """Whether it reads FFN proxies. Raises ConfigError for a parameter that its method refuses."""
+        return methods.reads_proxies({"name": self.name, **(self.model_extra or {})})
+
     def at(self, *, num_layers: int, length: int) -> Method:
         """The method with the schedule that prompts of `length` tokens get. Raises ConfigError."""
-        data: dict[str, object] = {"name": self.name}
+        data: dict[str, object] = {"name": self.name, **(self.model_extra or {})}
         if self.schedule is not None:
             data["schedule"] = concrete_schedule(
                 self.schedule, num_layers=num_layers, length=length
             ).to_dict()
-        if self.seed is not None:
-            data["seed"] = self.seed
         method = methods.from_dict(data)
         method.schedule_for(num_layers)
         return method
@@ -88,9 +110,10 @@ class Sweep(Strict):
     """models × methods × tasks × lengths × seeds, `samples` of each.
 
     model: folder or hub id, or a list of them. proxies: folder of fitted proxies; None = the model's own.
-    samples: per task and length, or a mapping from length to such a number. output: folder of the results.
-    sample_timeout_s: a sample that takes longer fails. attempts: tries per sample where an engine, not the
-    sample, was at fault.
+    tasks: names, or mappings of a name and that task's parameters. samples: per task and length, or a mapping
+    from length to such a number; a task over a data set may have fewer. output: folder of the results.
+    sample_timeout_s: a sample that takes longer fails. attempts: times a sample is given to an engine, where
+    the engine and not the sample was at fault.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -98,7 +121,7 @@ class Sweep(Strict):
     proxies: str | None = None
     engine: EngineSpec = EngineSpec()
     methods: Annotated[tuple[MethodSpec, ...], Field(strict=False)]
-    tasks: Annotated[tuple[str, ...], Field(strict=False)]
+    tasks: Annotated[tuple[str | dict[str, Any], ...], Field(strict=False)]
     lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
     samples: int | dict[int, int]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = (0,)
@@ -136,12 +159,21 @@ class Sweep(Strict):
 
     @field_validator("tasks")
     @classmethod
-    def _known_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for index, name in enumerate(value):
+    def _tasks_can_be_made(cls, value: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        made_by: dict[str, str] = {}
+        for index, entry in enumerate(value):
+            where = f"tasks.{index} ({entry if isinstance(entry, str) else entry.get('name')})"
             try:
-                get_task(name)
+                tasks = make_tasks(entry)
             except ConfigError as error:
                 raise ValueError(f"tasks.{index}: {error}") from None
+            for task in tasks:
+                if task.name in made_by:
+                    raise ValueError(
+                        f"tasks must make each task once, got {task.name!r} from {made_by[task.name]} and "
+                        f"from {where}; remove one"
+                    )
+                made_by[task.name] = where
         return value
 
     @model_validator(mode="after")
@@ -157,12 +189,18 @@ class Sweep(Strict):
                 f"samples must have one entry for each of lengths {sorted(self.lengths)}, "
                 f"got {sorted(self.samples)}; list the same lengths"
             )
-        if self.proxies is not None and len(self.model) > 1:
+        chosen = [self.proxies, *(method.proxies for method in self.methods)]
+        if any(chosen) and len(self.model) > 1:
             raise ValueError(
-                f"proxies must be left out with several models, got {self.proxies!r}; "
+                f"proxies must be left out with several models, got {next(filter(None, chosen))!r}; "
                 "put each model's proxies into its own folder"
             )
         return self
+
+    @cached_property
+    def all_tasks(self) -> tuple[Task, ...]:
+        """The tasks that the entries of `tasks` stand for, in their order."""
+        return tuple(task for entry in self.tasks for task in make_tasks(entry))
 
     def count(self, length: int) -> int:
         """Samples per task and seed at this length."""

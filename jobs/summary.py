@@ -1,53 +1,36 @@
-"""From the files of a results folder to the numbers of a report: scores, intervals, differences, shares."""
+"""From the files of a results folder to the numbers of a report: scores, intervals, differences, costs."""
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jobs import provenance
-from jobs.record import CellRecord, Plan, PlannedSample, Row, read_plan, read_rows
-from jobs.stats import Estimate, mean_interval, paired_difference
-from jobs.tasks import get_task
+from jobs.depths import DepthGrid, depth_grids
+from jobs.measures import Costs, Measures
+from jobs.record import CellRecord, Plan, read_plan, read_rows
+from jobs.scoring import Scored, family_of, score_rows
+from jobs.stats import Column, Estimate, estimates, holm, means_of_means, paired_p_value
 from spts.errors import ConfigError
 
 BASELINE_METHOD = "dense"
-DEPTH_BINS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """One sample that was tried, with its score in 0..1; a failed one scores 0."""
-
-    cell: CellRecord
-    planned: PlannedSample
-    row: Row
-    score: float
-
-    @property
-    def question(self) -> tuple[Any, ...]:
-        """What was asked, whichever method answered: paired differences match on it."""
-        return (self.cell.task, self.cell.length, self.cell.content["seed"], self.planned.sample,
-                self.planned.prompt_sha256)  # fmt: skip
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One method over some of the samples of one model; None = all tasks, all lengths.
+    """One method over some of the samples of one model; task, length None = all of them.
 
     Attributes:
         score: mean score with its interval.
         delta: paired difference against the baseline on the same samples; None for the baseline itself.
         failed: samples that ended in an error. They count in `score` as 0.
-        flop_share, kv_share: sum over the samples divided by the same sum for a dense prefill.
-        ttft_s: median seconds to the first token.
-        speedup: median over samples of the baseline's time to first token divided by this method's, both
-            from one start of the sweep; None when no sample has both.
-        answer_tokens: mean length of the answers.
+        costs: what it took.
     """
 
     label: str
@@ -57,29 +40,52 @@ class Line:
     score: Estimate
     delta: Estimate | None
     failed: int
-    flop_share: float | None
-    kv_share: float | None
-    ttft_s: float | None
-    speedup: float | None
-    answer_tokens: float | None
+    costs: Costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A method over the tasks of one family, every task counting the same: a benchmark's own average."""
+
+    tasks: int
+    score: Estimate
+    delta: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The test of one method against the baseline over all samples. holm: p adjusted for all methods."""
+
+    p: float
+    holm: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary:
-    """All tables of one model. `labels` are its methods in the configuration's order, the baseline first."""
+    """All tables of one model. `labels` are its methods in the configuration's order, the baseline first.
+
+    families: by (label, family), of those with several tasks. comparisons: by label.
+    """
 
     model: str
     labels: tuple[str, ...]
-    methods: dict[str, str]
+    methods: Mapping[str, str]
     baseline: str | None
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
-    overall: dict[str, Line]
-    by_length: dict[tuple[str, int], Line]
-    by_task: dict[tuple[str, str], Line]
-    cells: dict[tuple[str, str, int], Line]
-    depth: dict[tuple[str, int, int], float]
+    overall: Mapping[str, Line]
+    by_length: Mapping[tuple[str, int], Line]
+    by_task: Mapping[tuple[str, str], Line]
+    cells: Mapping[tuple[str, str, int], Line]
+    families: Mapping[tuple[str, str], Family]
+    comparisons: Mapping[str, Comparison]
+    depths: tuple[DepthGrid, ...]
     scored: tuple[Scored, ...]
+
+    def lines(self) -> Iterable[Line]:
+        """Totals first, then by length, by task, and the cells."""
+        for group in (self.overall, self.by_length, self.by_task, self.cells):
+            yield from group.values()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +107,11 @@ def load(folder: Path) -> Results:
     Raises:
         ConfigError: not a results folder, a damaged one, or one made with another version of a task.
     """
-    plan, rows = read_plan(folder), read_rows(folder)
-    cells = {cell.id: cell for cell in plan.cells}
-    scored = [_score(cells[s.cell], s, rows[s.key]) for s in plan.samples if s.key in rows]
+    plan = read_plan(folder)
+    try:
+        scored = score_rows(plan, read_rows(folder))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}", field=error.field) from None
     models = dict.fromkeys(cell.model for cell in plan.cells)
     return Results(
         folder=folder,
@@ -116,37 +124,26 @@ def load(folder: Path) -> Results:
     )
 
 
-def _score(cell: CellRecord, planned: PlannedSample, row: Row) -> Scored:
-    task = get_task(cell.task_spec)
-    if cell.content["task_version"] != task.version:
-        raise ConfigError(
-            f"version of task {cell.task!r} must be {task.version} to be scored by this package, "
-            f"got {cell.content['task_version']} in the results; run the sweep again",
-            field="task_version",
-        )
-    answer = row.text if row.error is None else None
-    return Scored(
-        cell=cell,
-        planned=planned,
-        row=row,
-        score=0.0 if answer is None else task.score(answer, planned.references, planned.meta),
-    )
-
-
 def summarise(model: str, all_cells: Sequence[CellRecord], all_scored: Sequence[Scored]) -> ModelSummary:
     """All tables of one model; methods, tasks and lengths stand in the order of the cells."""
     cells = [cell for cell in all_cells if cell.model == model]
     scored = [one for one in all_scored if one.cell.model == model]
     methods = {cell.label: cell.method for cell in cells}
     baseline = next((label for label, method in methods.items() if method == BASELINE_METHOD), None)
-    reference = {one.question: one for one in scored if one.cell.label == baseline}
-
-    def grouped(key: Callable[[Scored], Any], **names: int) -> dict[Any, Line]:
-        groups: dict[Any, list[Scored]] = defaultdict(list)
-        for one in scored:
-            groups[key(one)].append(one)
-        return {k: _line(g, reference, **{n: k[i] for n, i in names.items()}) for k, g in groups.items()}
-
+    measures = Measures.of(scored, baseline)
+    tables: list[tuple[tuple[str, ...], Callable[[Scored], tuple[Any, ...]]]] = [
+        ((), lambda one: (one.cell.label,)),
+        (("length",), lambda one: (one.cell.label, one.cell.length)),
+        (("task",), lambda one: (one.cell.label, one.cell.task)),
+        (("task", "length"), lambda one: (one.cell.label, one.cell.task, one.cell.length)),
+    ]
+    groups = {
+        (names, key): indices for names, key_of in tables for key, indices in _grouped(scored, key_of).items()
+    }
+    lines = _lines(measures, groups, methods)
+    overall, by_length, by_task, by_cell = (
+        {key: line for (table, key), line in lines.items() if table == names} for names, _ in tables
+    )
     return ModelSummary(
         model=model,
         labels=tuple(sorted(methods, key=lambda label: label != baseline)),
@@ -154,62 +151,78 @@ def summarise(model: str, all_cells: Sequence[CellRecord], all_scored: Sequence[
         baseline=baseline,
         tasks=tuple(dict.fromkeys(cell.task for cell in cells)),
         lengths=tuple(sorted({cell.length for cell in cells})),
-        overall={key[0]: line for key, line in grouped(lambda one: (one.cell.label,)).items()},
-        by_length=grouped(lambda one: (one.cell.label, one.cell.length), length=1),
-        by_task=grouped(lambda one: (one.cell.label, one.cell.task), task=1),
-        cells=grouped(lambda one: (one.cell.label, one.cell.task, one.cell.length), task=1, length=2),
-        depth=_by_depth(scored),
+        overall={label: line for (label,), line in overall.items()},
+        by_length=by_length,
+        by_task=by_task,
+        cells=by_cell,
+        families=_families(measures, groups, {cell.task: family_of(cell) for cell in cells}),
+        comparisons=_comparisons(measures, groups),
+        depths=depth_grids(scored),
         scored=tuple(scored),
     )
 
 
-def _line(group: list[Scored], reference: dict[Any, Scored], **where: Any) -> Line:
-    label, method = group[0].cell.label, group[0].cell.method
-    pairs = [(one, reference[one.question]) for one in group if one.question in reference]
-    is_baseline = all(one is base for one, base in pairs)
-    answered = [one.row for one in group if one.row.error is None]
-    return Line(
-        label=label,
-        method=method,
-        score=mean_interval([one.score for one in group]),
-        delta=None
-        if is_baseline
-        else paired_difference(*zip(*((o.score, b.score) for o, b in pairs), strict=True)),
-        failed=len(group) - len(answered),
-        flop_share=_share((row.flops, row.dense_flops) for row in answered),
-        kv_share=_share((row.kv_bytes, row.dense_kv_bytes) for row in answered),
-        ttft_s=_median(row.ttft_s for row in answered),
-        speedup=_median(
-            base.row.ttft_s / one.row.ttft_s
-            for one, base in pairs
-            if one.row.ttft_s and base.row.ttft_s and one.row.run == base.row.run
-        ),
-        answer_tokens=_mean(len(row.token_ids) for row in answered if row.token_ids is not None),
-        **where,
-    )
+_Groups = Mapping[tuple[tuple[str, ...], tuple[Any, ...]], np.ndarray]
 
 
-def _by_depth(scored: Sequence[Scored]) -> dict[tuple[str, int, int], float]:
-    """Mean score by (label, length, bin of `meta["depth"]`), for samples that say how deep it lies."""
-    groups: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    for one in scored:
-        depth = one.planned.meta.get("depth")
-        if isinstance(depth, int | float):
-            index = min(int(depth * DEPTH_BINS), DEPTH_BINS - 1)
-            groups[one.cell.label, one.cell.length, index].append(one.score)
-    return {key: statistics.fmean(scores) for key, scores in groups.items()}
+def _grouped(scored: Sequence[Scored], key_of: Callable[[Scored], Any]) -> dict[Any, np.ndarray]:
+    """Indices of the samples by key, in the order in which the keys first come."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, one in enumerate(scored):
+        groups[key_of(one)].append(index)
+    return {key: np.asarray(indices) for key, indices in groups.items()}
 
 
-def _share(parts: Iterable[tuple[float | None, float | None]]) -> float | None:
-    known = [(part, whole) for part, whole in parts if part is not None and whole]
-    return sum(part for part, _ in known) / sum(whole for _, whole in known) if known else None
+def _lines(measures: Measures, groups: _Groups, methods: Mapping[str, str]) -> dict[Any, Line]:
+    deltas = {key: measures.differences(indices) for key, indices in groups.items()}
+    columns = [measures.scores(indices) for indices in groups.values()]
+    columns += [delta for delta in deltas.values() if delta is not None]
+    found = iter(estimates(columns))  # all at once: columns of equal size share their resampling
+    means = {key: next(found) for key in groups}
+    differences = {key: None if delta is None else next(found) for key, delta in deltas.items()}
+    return {
+        (names, key): Line(
+            label=key[0],
+            method=methods[key[0]],
+            score=means[names, key],
+            delta=differences[names, key],
+            failed=measures.failed(indices),
+            costs=measures.costs(indices),
+            **dict(zip(names, key[1:], strict=True)),
+        )
+        for (names, key), indices in groups.items()
+    }
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+def _families(
+    measures: Measures, groups: _Groups, families: Mapping[str, str]
+) -> dict[tuple[str, str], Family]:
+    members: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for (names, key), indices in groups.items():
+        if names == ("task",):
+            members[key[0], families[key[1]]].append(indices)
+    members = {key: tasks for key, tasks in members.items() if len(tasks) > 1}
+    scores = [[measures.scores(one) for one in tasks] for tasks in members.values()]
+    differences = {
+        key: [column for one in tasks if (column := measures.differences(one)) is not None]
+        for key, tasks in members.items()
+    }
+    paired = {key: columns for key, columns in differences.items() if columns}
+    found = iter(means_of_means([*scores, *paired.values()]))  # all at once: rows share their draws
+    means = [next(found) for _ in members]
+    deltas = {key: next(found) for key in paired}
+    return {
+        key: Family(tasks=len(tasks), score=mean, delta=deltas.get(key))
+        for (key, tasks), mean in zip(members.items(), means, strict=True)
+    }
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return statistics.fmean(known) if known else None
+def _comparisons(measures: Measures, groups: _Groups) -> dict[str, Comparison]:
+    columns: dict[str, Column] = {}
+    for (names, key), indices in groups.items():
+        column = measures.differences(indices)
+        if not names and column is not None:
+            columns[key[0]] = column
+    values = [paired_p_value(column) for column in columns.values()]
+    adjusted = holm(values)
+    return {label: Comparison(p=p, holm=h) for label, p, h in zip(columns, values, adjusted, strict=True)}

@@ -14,25 +14,27 @@ import asyncio
 import logging
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from cluster.protocol import EngineError
-from jobs import provenance
+from jobs import forecast, provenance
 from jobs.cells import ModelPlan, plan_models
-from jobs.progress import SweepProgress, clock_time
-from jobs.record import Plan, locked, read_rows, write_plan
+from jobs.lines import DiskError, writing
+from jobs.progress import PromptProgress, SweepProgress, clock_time
+from jobs.prompts import PromptFile, Prompts
+from jobs.record import PlanWriter, check_schema, iterate_rows, locked
 from jobs.report import terminal, write_report
-from jobs.runner import EnginesLostError, Limits, Runner
+from jobs.runner import EnginesLostError, Limits, Runner, Usage
 from jobs.spec import Sweep, load_sweep, output_folder
 from jobs.summary import load
-from jobs.work import Prompts, Work, prepare
-from spts.cost import dense_flops
+from jobs.work import Fewer, Prepared, prepare
 from spts.errors import SptsError
 
 
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except SptsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (EngineError, EnginesLostError) as error:
+    except (EngineError, EnginesLostError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -68,41 +70,110 @@ def main(argv: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     sweep = load_sweep(options.config)
     plans = plan_models(sweep)
-    started = time.perf_counter()
-    _say(f"sweep {sweep.name}: making the prompts")
-    prompts = {plan.name: Prompts(plan.folder) for plan in plans}
-    work = {plan.name: prepare(plan, prompts[plan.name]) for plan in plans}
-    _say(f"{sum(map(len, work.values()))} samples in {clock_time(time.perf_counter() - started)}")
-    _say_costs(plans, work)
     if options.dry_run:
+        with (
+            tempfile.TemporaryDirectory() as nowhere,
+            PromptFile(Path(nowhere)) as file,
+            _plan_file(Path(nowhere), sweep, plans) as plan_file,
+        ):
+            prepared, _ = _prepare(sweep, plans, file, plan_file)
+        _say_costs(prepared, *forecast.measured_flops(sweep.engine))
         return 0
     folder = output_folder(sweep, options.out)
     with locked(folder):
-        rows = read_rows(folder)
-        done = {key for key, row in rows.items() if row.error is None or not options.retry_failed}
-        left = {plan.name: [one for one in work[plan.name] if one.planned.key not in done] for plan in plans}
-        total, number = sum(map(len, work.values())), sum(map(len, left.values()))
-        _say(f"results: {folder} ({total - number} of {total} samples there, {number} to do)")
-        with _cluster(sweep, [plan for plan in plans if left[plan.name]]):
-            _write_plan(folder, sweep, plans, work)
-            try:
-                for plan in plans:
-                    if left[plan.name]:
-                        already = len(work[plan.name]) - len(left[plan.name])
-                        asyncio.run(
-                            _run(sweep, plan, left[plan.name], already, prompts[plan.name], folder, options)
-                        )
-            finally:
-                failed = _report(folder)
+        check_schema(folder)
+        done = {
+            row.key for row in iterate_rows(folder) if row.error is None or not options.retry_failed
+        }  # fmt: skip
+        with PromptFile(folder) as file, _plan_file(folder, sweep, plans) as plan_file:
+            prepared, prompts = _prepare(sweep, plans, file, plan_file)
+            _say_costs(prepared)
+            start = _Start(
+                sweep=sweep,
+                folder=folder,
+                file=file,
+                plan_file=plan_file,
+                prompts=prompts,
+                commit=options.commit,
+            )
+            return _run_all(start, prepared, done)
+
+
+def _plan_file(folder: Path, sweep: Sweep, plans: Sequence[ModelPlan]) -> PlanWriter:
+    cells = [cell.record for plan in plans for cell in plan.cells]
+    return PlanWriter(folder, name=sweep.name, cells=cells)
+
+
+def _prepare(
+    sweep: Sweep, plans: Sequence[ModelPlan], file: PromptFile, plan_file: PlanWriter
+) -> tuple[list[Prepared], dict[str, Prompts]]:
+    """All work of a sweep, and each model's tokenizer by the model's name."""
+    started = time.perf_counter()
+    _say(f"sweep {sweep.name}: making the prompts")
+    prompts = {plan.name: Prompts(plan.folder) for plan in plans}
+    progress = PromptProgress(sum(cell.count for plan in plans for cell in plan.cells))
+    prepared: list[Prepared] = []
+    fewer: list[Fewer] = []
+    try:
+        for name in prompts:
+            of_model, fewer = prepare(
+                [plan for plan in plans if plan.name == name],
+                prompts[name],
+                file=file,
+                plan_file=plan_file,
+                on_prompt=progress.on_prompt,
+            )
+            prepared += of_model
+    finally:
+        progress.close()
+    for less in fewer:  # the same for every model: it is the data that ends
+        _say(f"{less.task} at {less.length} tokens has {less.got} samples, {less.wanted} were asked for")
+    num_samples = sum(one.num_samples for one in prepared)
+    _say(f"{num_samples} samples in {clock_time(time.perf_counter() - started)}")
+    return prepared, prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """One start of a sweep: where it reads and writes. prompts: the tokenizers by the name of the model."""
+
+    sweep: Sweep
+    folder: Path
+    file: PromptFile
+    plan_file: PlanWriter
+    prompts: Mapping[str, Prompts]
+    commit: str | None
+
+
+def _run_all(start: _Start, prepared: Sequence[Prepared], done: set[str]) -> int:
+    left = [_left(one, done) for one in prepared]
+    total = sum(one.num_samples for one in prepared)
+    number = sum(one.num_samples for one in left)
+    _say(f"results: {start.folder} ({total - number} of {total} samples there, {number} to do)")
+    full, failed = False, 0
+    with _cluster(start.sweep, [one.plan for one in left if one.groups]):
+        start.plan_file.commit()
+        try:
+            for one, whole in zip(left, prepared, strict=True):
+                if one.groups:
+                    asyncio.run(_run(start, one, already=whole.num_samples - one.num_samples))
+        except DiskError:
+            full = True
+            raise
+        finally:
+            if not full:
+                failed = _report(start.folder)
     return 1 if failed == total else 0
 
 
-def _write_plan(
-    folder: Path, sweep: Sweep, plans: Sequence[ModelPlan], work: Mapping[str, list[Work]]
-) -> None:
-    cells = tuple(cell.record for plan in plans for cell in plan.cells)
-    samples = tuple(one.planned for plan in plans for one in work[plan.name])
-    write_plan(folder, Plan(name=sweep.name, cells=cells, samples=samples))
+def _left(prepared: Prepared, done: set[str]) -> Prepared:
+    """What of the work is not done; a group keeps its prefix, so that its answers are computed the same."""
+    groups = []
+    for group in prepared.groups:
+        members = tuple(work for work in group.members if work.key not in done)
+        if members:
+            groups.append(replace(group, members=members))
+    return Prepared(plan=prepared.plan, groups=groups, costs=prepared.costs)
 
 
 def _report(folder: Path) -> int:
@@ -110,7 +181,8 @@ def _report(folder: Path) -> int:
     results = load(folder)
     if not results.done:
         return 0
-    page = write_report(folder)
+    with writing(folder / "report.html"):
+        page = write_report(folder)
     terminal(results, Console(width=None if sys.stdout.isatty() else 100))
     _say(f"report: {page}")
     return len(results.failed)
@@ -139,59 +211,71 @@ def _cluster(sweep: Sweep, plans: Sequence[ModelPlan]) -> Iterator[None]:
             ray.shutdown()
 
 
-async def _run(
-    sweep: Sweep,
-    plan: ModelPlan,
-    work: list[Work],
-    already: int,
-    prompts: Prompts,
-    folder: Path,
-    options: argparse.Namespace,
-) -> None:
-    """One model: its engines up, its work done, its engines down."""
+async def _run(start: _Start, work: Prepared, *, already: int) -> None:
+    """One model: its engines up, its work done, its engines down. already: samples done by earlier starts."""
     from jobs.engines import start_engines, stop_engines
 
-    _say(f"starting {sweep.engine.count} engine(s) with {plan.name}")
-    engines, info = await start_engines(plan.engine_config(sweep), sweep.engine.count)
-    progress = SweepProgress(work, already=already)
+    sweep, plan, folder = start.sweep, work.plan, start.folder
+    _say(f"starting {sweep.engine.count} engine(s) with {plan.title}")
+    config = plan.engine_config(sweep, prefix_bytes=work.prefix_bytes)
+    engines, info = await start_engines(config, sweep.engine.count)
     try:
         run_id = secrets.token_hex(4)
         entry = provenance.collect(
             command=[Path(sys.executable).name, "-m", "jobs.sweep", *sys.argv[1:]],
             config=sweep.model_dump(mode="json"),
-            commit=options.commit,
+            commit=start.commit,
         )
-        provenance.append(
-            folder, {"run": run_id, **entry, "engine": asdict(info), "tokenizer": plan.tokenizer}
-        )
-        limits = Limits(
-            in_flight=sweep.engine.in_flight, timeout_s=sweep.sample_timeout_s, attempts=sweep.attempts
+        about = {"proxies": plan.proxies, "tokenizer": plan.tokenizer, "chat_template": plan.chat_template}
+        provenance.append(folder, {"run": run_id, **entry, "engine": asdict(info), **about})
+        progress = SweepProgress(
+            labels=dict.fromkeys(cell.record.label for cell in plan.cells),
+            total=already + work.num_samples,
+            already=already,
+            flops=sum(group.flops for group in work.groups),
+            planned=lambda one: start.plan_file.sample(one.planned),
         )
         runner = Runner(
-            folder=folder, run_id=run_id, limits=limits, decode=prompts.decode, on_row=progress.on_row
+            folder=folder,
+            run_id=run_id,
+            limits=Limits(
+                in_flight=sweep.engine.in_flight,
+                timeout_s=sweep.sample_timeout_s,
+                attempts=sweep.attempts,
+            ),
+            prompts=start.prompts[plan.name],
+            file=start.file,
+            on_row=progress.on_row,
         )
-        await runner.run(work, engines)
+        try:
+            await runner.run(work.groups, engines)
+        finally:
+            progress.close()
+            _say_usage(runner.usage)
+            provenance.finish(folder, run_id, runner.usage.to_dict())
     finally:
-        progress.close()
         await stop_engines(engines)
 
 
-def _say_costs(plans: tuple[ModelPlan, ...], work: dict[str, list[Work]]) -> None:
+def _say_usage(usage: Usage) -> None:
+    end = usage.to_dict()
+    busy = ", ".join(f"{name} {100 * one['utilisation']:.1f}%" for name, one in end["engines"].items())
+    _say(
+        f"{usage.samples} samples in {clock_time(usage.wall_s)}: {end['samples_per_s']:.3g} samples/s, "
+        f"{end['prompt_tokens_per_s']:.4g} prompt tokens/s; busy: {busy}"
+    )
+
+
+def _say_costs(
+    prepared: Sequence[Prepared], flops_per_s: float | None = None, how: str | None = None
+) -> None:
     """What the cost model expects, before anything is measured."""
-    for plan in plans:
-        _say(f"{plan.name}: predicted prefill FLOP, % of dense")
-        groups: dict[tuple[str, int], list[Work]] = {}
-        for one in work[plan.name]:
-            groups.setdefault((one.cell.label, one.cell.length), []).append(one)
-        lengths = sorted({length for _, length in groups})
-        _say("  " + "".join(f"{length:>9}" for length in ["tokens", *lengths]))
-        for label in dict.fromkeys(label for label, _ in groups):
-            cells = []
-            for length in lengths:
-                group = groups[label, length]
-                dense = sum(dense_flops(plan.shape, len(one.token_ids)).total for one in group)
-                cells.append(f"{100 * sum(one.flops for one in group) / dense:8.1f}%")
-            _say(f"  {label:>9}" + "".join(cells))
+    for one in prepared:
+        _say(f"{one.plan.title}: predicted cost")
+        for line in forecast.table(one, flops_per_s=flops_per_s):
+            _say(f"  {line}")
+    if how is not None:
+        _say(how)
 
 
 def _say(line: str) -> None:

@@ -12,7 +12,8 @@ heads on this rank, d head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from spts.cache import LayerCache
 from spts.collective import Collective
 from spts.cost import LayerWork
-from spts.kernels import reference as ops
+from spts.kernels import dispatch as ops
 from spts.methods import Method
 from spts.probe import attention_scores
 from spts.proxy import LayerProxy, ffn_norms
@@ -41,12 +42,19 @@ class LayerTrace:
 
 @dataclass(kw_only=True)
 class Stream:
-    """The residual stream between layers: one row per candidate, with its position and its rotation."""
+    """The residual stream between layers: one row per candidate, with its position and its rotation.
+
+    has_nan: whether a choice met a score that is NaN; on the device, so that no layer waits for it.
+    """
 
     x_TD: Tensor
     positions_T: Tensor
     cos_Td: Tensor
     sin_Td: Tensor
+    has_nan: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.has_nan = torch.zeros((), dtype=torch.bool, device=self.x_TD.device)
 
     def cut(self, index_M: Tensor) -> None:
         """Drops every candidate but `index_M` for good."""
@@ -103,18 +111,18 @@ class DecoderLayer:
         positions_T = stream.positions_T
         signals = Signals(self, stream, probes=method.probes if skips or cuts else 0)
 
+        choose = partial(select, collective=self.collective, has_nan=stream.has_nan, recent=recent_tokens)
+
         attention_M = ffn_M = None
         if skips:
-            attention_M = select(
-                method.attention_scores(signals), num_active, self.collective, recent=recent_tokens
-            )
+            attention_M = choose(method.attention_scores(signals), num_active)
         self._attend(stream, signals, attention_M, cache)
         ffn_T = method.ffn_scores(signals) if skips else None
         if ffn_T is not None:
-            ffn_M = select(ffn_T, num_active, self.collective, recent=recent_tokens)
+            ffn_M = choose(ffn_T, num_active)
         self._feed_forward(stream, signals, ffn_M)
         if cuts:
-            stream.cut(select(method.prune_scores(signals), num_kept, self.collective, recent=recent_tokens))
+            stream.cut(choose(method.prune_scores(signals), num_kept))
 
         work = LayerWork(
             candidates=num_candidates,
@@ -166,7 +174,7 @@ class DecoderLayer:
         The rows are a whole prompt, or what comes after the tokens that `cache` holds.
         """
         self._attend(stream, Signals(self, stream, probes=0), None, cache)
-        y_TD = self.block.post_attention_layernorm(stream.x_TD)
+        y_TD = _normed(self.block.post_attention_layernorm, stream.x_TD)
         stream.x_TD.add_(self.feed_forward(y_TD))
         return y_TD
 
@@ -176,7 +184,7 @@ class DecoderLayer:
         The linears run once for the batch; the attention of each request reads its own cache of this layer,
         the new token included.
         """
-        h_BD = self.block.input_layernorm(x_BD)
+        h_BD = _normed(self.block.input_layernorm, x_BD)
         q_BHd = self.queries(h_BD, cos_Bd, sin_Bd)
         k_BKd, v_BKd = self.keys(h_BD, cos_Bd, sin_Bd), self.values(h_BD)
         out_BHd = torch.empty_like(q_BHd)
@@ -184,7 +192,7 @@ class DecoderLayer:
             k_LKd, v_LKd = cache.append(k_BKd[row : row + 1], v_BKd[row : row + 1])
             out_BHd[row] = ops.single_query_attention(q_BHd[row], k_LKd, v_LKd, self.scale)
         x_BD.add_(self.block.self_attn.o_proj(out_BHd.flatten(1)))
-        return x_BD.add_(self.feed_forward(self.block.post_attention_layernorm(x_BD)))
+        return x_BD.add_(self.feed_forward(_normed(self.block.post_attention_layernorm, x_BD)))
 
     def queries(self, h_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
         """Queries after RoPE, [T, H, d], of normed rows `h_TD`."""
@@ -213,7 +221,7 @@ class DecoderLayer:
                 _take(signals.candidate_keys(), active_M),
             )
         else:
-            h_MD = self.block.input_layernorm(_take(stream.x_TD, active_M))
+            h_MD = _normed(self.block.input_layernorm, _take(stream.x_TD, active_M))
             k_MKd = self.keys(h_MD, cos_Md, sin_Md)
         k_LKd, v_LKd = cache.store(k_MKd, self.values(h_MD), _take(stream.positions_T, active_M))
         out_MHd = ops.causal_attention(self.queries(h_MD, cos_Md, sin_Md), k_LKd, v_LKd, self.scale)
@@ -224,7 +232,7 @@ class DecoderLayer:
         if signals.scored_ffn:
             y_MD = _take(signals.ffn_input(), active_M)
         else:
-            y_MD = self.block.post_attention_layernorm(_take(stream.x_TD, active_M))
+            y_MD = _normed(self.block.post_attention_layernorm, _take(stream.x_TD, active_M))
         _add(stream.x_TD, active_M, self.feed_forward(y_MD))
 
 
@@ -292,7 +300,7 @@ class Signals:
         """Normed rows entering the attention, [T, D]."""
         if self._attention_input_TD is None:
             assert not self.attended, "the rows before attention are gone"
-            self._attention_input_TD = self._layer.block.input_layernorm(self._stream.x_TD)
+            self._attention_input_TD = _normed(self._layer.block.input_layernorm, self._stream.x_TD)
         return self._attention_input_TD
 
     def candidate_keys(self) -> Tensor:
@@ -306,8 +314,12 @@ class Signals:
         """Normed rows entering the FFN, [T, D]."""
         if self._ffn_input_TD is None:
             assert self.attended, "the rows entering the FFN come after attention"
-            self._ffn_input_TD = self._layer.block.post_attention_layernorm(self._stream.x_TD)
+            self._ffn_input_TD = _normed(self._layer.block.post_attention_layernorm, self._stream.x_TD)
         return self._ffn_input_TD
+
+
+def _normed(norm: Any, x_TD: Tensor) -> Tensor:
+    return ops.rms_norm(x_TD, norm.weight, norm.variance_epsilon)
 
 
 def _take(x_TD: Tensor, index_M: Tensor | None) -> Tensor:

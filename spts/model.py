@@ -25,6 +25,7 @@ from spts.proxy import Proxies
 from spts.request import check_prefix_tokens, check_tokens, check_vocabulary
 from spts.sampling import Sampling, TokenLogprobs
 from spts.schedule import Schedule
+from spts.select import refuse_nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,7 @@ class SptsModel:
                 self._keep_prefix(state)
         state.next_layer = stop
         if stop == len(self.layers) and state.result is None:
+            refuse_nan(state.stream.has_nan)
             state.result = Prefill(
                 logits=self.logits(state.stream.x_TD[-1:])[0],
                 cache=state.cache,

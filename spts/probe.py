@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spts.collective import Collective
-from spts.kernels.reference import last_queries_probe, last_query_probe
+from spts.kernels import dispatch as ops
 
 
 def attention_scores(
@@ -23,7 +23,7 @@ def attention_scores(
     """
     num_queries = q_QHd.shape[0]
     if num_queries == 1:
-        scores_T = last_query_probe(q_QHd[0], k_TKd, scale)
+        scores_T = ops.last_query_probe(q_QHd[0], k_TKd, scale)
     else:
-        scores_T = last_queries_probe(q_QHd, k_TKd, scale)
+        scores_T = ops.last_queries_probe(q_QHd, k_TKd, scale)
     return collective.all_reduce(scores_T).div_(num_heads * num_queries)

@@ -19,7 +19,7 @@ from spts.calibration import channel_importance, collect_ffn_inputs, low_rank_fa
 from spts.collective import Collective
 from spts.cost import ProxyShape
 from spts.errors import ProxyError
-from spts.kernels.reference import low_rank_norm
+from spts.kernels import dispatch as ops
 
 if TYPE_CHECKING:
     from spts.model import SptsModel
@@ -60,7 +60,7 @@ def ffn_norms(
     num_tokens, ranks = y_TD.shape[0], collective.world_size
     start = num_tokens * collective.rank // ranks
     stop = num_tokens * (collective.rank + 1) // ranks
-    slice_T = low_rank_norm(
+    slice_T = ops.low_rank_norm(
         y_TD[start:stop], proxy.first_D2r, proxy.gate_rC, proxy.up_rC, proxy.down_Cr, activation
     )
     if ranks == 1:

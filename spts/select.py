@@ -10,11 +10,12 @@ from torch import Tensor
 
 from spts.collective import Collective
 from spts.errors import ModelError
+from spts.kernels import dispatch as ops
 
-_REFUSED = -1
 
-
-def select(scores_T: Tensor, budget: int, collective: Collective, *, recent: int = 1) -> Tensor:
+def select(
+    scores_T: Tensor, budget: int, collective: Collective, *, has_nan: Tensor, recent: int = 1
+) -> Tensor:
     """Indices of the `budget` highest scores, ascending, always with the last `recent` candidates among them.
 
     The last candidate is the last token of the prompt, whose output is the answer; it and the recent ones
@@ -23,9 +24,10 @@ def select(scores_T: Tensor, budget: int, collective: Collective, *, recent: int
     their row-parallel sums would mix them silently.
 
     scores_T: [T] floating point, higher = keep; infinities are numbers, NaN is not. budget: M >= recent,
-    tokens. recent: at least 1, tokens.
+    tokens. recent: at least 1, tokens. has_nan: bool of no dimension, set on every rank when a score of rank
+    0 is NaN and never cleared; the indices are then valid ones without a meaning. Nobody waits for it here:
+    `refuse_nan` asks once, after all choices of a prompt.
     Returns kept_M: [min(budget, T)] int64 on the device of scores_T.
-    Raises ModelError on every rank when a score of rank 0 is NaN.
 
     Worked example: T = 6, budget = 3.
 
@@ -40,20 +42,24 @@ def select(scores_T: Tensor, budget: int, collective: Collective, *, recent: int
     num_candidates = scores_T.shape[0]
     num_kept, num_recent = min(budget, num_candidates), min(recent, num_candidates)
     if collective.rank == 0:
-        earlier_T = scores_T[: num_candidates - num_recent]
-        ranked = torch.sort(earlier_T, descending=True, stable=True).indices[: num_kept - num_recent]
-        last = torch.arange(num_candidates - num_recent, num_candidates, device=ranked.device)
-        kept_M = torch.cat((ranked.sort().values, last))
-        # Refused through the broadcast itself: an error on rank 0 alone would leave the others waiting.
-        kept_M = torch.where(scores_T.isnan().any(), _REFUSED, kept_M)
+        kept_M = ops.top_rows(scores_T, num_kept, num_recent, has_nan)
     else:
         kept_M = torch.empty(num_kept, dtype=torch.int64, device=scores_T.device)
-    if collective.world_size > 1:
-        kept_M = collective.broadcast(kept_M)
-    if int(kept_M[0]) == _REFUSED:
+    if collective.world_size == 1:
+        return kept_M
+    if collective.rank == 0:
+        # The flag travels with the indices, as their complement: all below zero.
+        kept_M = torch.where(has_nan, ~kept_M, kept_M)
+    kept_M = collective.broadcast(kept_M)
+    has_nan.logical_or_(kept_M[0] < 0)
+    return torch.where(kept_M < 0, ~kept_M, kept_M)
+
+
+def refuse_nan(has_nan: Tensor) -> None:
+    """Raises ModelError, on every rank alike, if a choice met a score that is NaN; waits for the device."""
+    if bool(has_nan):
         raise ModelError(
-            f"scores_T must be numbers, got NaN among {num_candidates}; the activations overflowed, "
+            "scores_T must be numbers, got NaN; the activations overflowed, "
             "load the model in float32 or bfloat16",
             field="scores_T",
         )
-    return kept_M

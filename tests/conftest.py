@@ -29,6 +29,9 @@ import psutil
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere: kernels run on the CPU, slowly
+
 RAY_PROCESSES = ("raylet", "gcs_server")
 
 

@@ -98,5 +98,8 @@ class Task(Protocol):
         ...
 
     def score(self, text: str, references: tuple[str, ...], meta: Meta) -> float:
-        """How good an answer is, 0 to 1. Needs no data: only the answer and what its sample carried."""
+        """How good an answer is, 0 to 1. Needs only the answer and what its sample carried, no network.
+
+        A task whose scorer looks at more loads its data again, and raises ConfigError if that has changed.
+        """
         ...

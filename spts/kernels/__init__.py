@@ -1,1 +1,2 @@
-"""The operations of a layer: `reference` has every one in plain torch, a kernel has the same signature."""
+"""The operations of a layer: `dispatch` runs each where its tensors are, `reference` has every one in plain
+torch, and a module named after an operation has its Triton kernel."""

@@ -17,6 +17,16 @@ from torch.nn.attention.bias import causal_lower_right
 _QUERY_BLOCK = 1024
 
 
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Every row over the root of its mean square, times `weight_D`: [T, D]; the mean is taken in float32.
+
+    Example: x = [[3, 4]] with weight [1, 2] and eps 0 has a mean square of 12.5 and gives [[0.849, 2.263]].
+    """
+    x_TD_float = x_TD.float()
+    inverse_T1 = torch.rsqrt(x_TD_float.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * (x_TD_float * inverse_T1).to(x_TD.dtype)
+
+
 def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     """Rotary position embedding of `x_THd`, written into it and returned.
 
@@ -82,6 +92,23 @@ def low_rank_norm(
     return torch.linalg.vector_norm(out_Tr, dim=-1, dtype=summed_in).float()
 
 
+def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) -> Tensor:
+    """Indices, int64 [num_kept], ascending, of the last `num_recent` rows and of the highest scores among the
+    others.
+
+    Of equal scores the lower index wins. With a NaN among the scores `has_nan`, a bool of no dimension, is
+    set, and the indices are distinct rows without a meaning; nothing waits for the device.
+
+    Example: scores [0.2, 0.5, 0.1, 0.5, 0.5, 0.0], 3 kept, 1 recent gives [1, 3, 5].
+    """
+    num_candidates = scores_T.shape[0]
+    earlier_T = scores_T[: num_candidates - num_recent]
+    ranked = torch.sort(earlier_T, descending=True, stable=True).indices[: num_kept - num_recent]
+    last = torch.arange(num_candidates - num_recent, num_candidates, device=ranked.device)
+    has_nan.logical_or_(scores_T.isnan().any())
+    return torch.cat((ranked.sort().values, last))
+
+
 def gather_rows(x_TD: Tensor, index_M: Tensor) -> Tensor:
     """Rows `index_M` of `x_TD` as a new tensor [M, D]: rows [0, 2] of [[1], [2], [3]] are [[1], [3]]."""
     return x_TD.index_select(0, index_M)
@@ -89,6 +116,7 @@ def gather_rows(x_TD: Tensor, index_M: Tensor) -> Tensor:
 
 def add_rows_in_place(x_TD: Tensor, index_M: Tensor, delta_MD: Tensor) -> Tensor:
     """Adds row m of `delta_MD` to row `index_M[m]` of `x_TD`, in place; the other rows keep their value.
+    No index comes twice.
 
     Example: x = [[1], [2], [3]], index [0, 2], delta [[10], [20]] gives [[11], [2], [23]].
     """

@@ -88,6 +88,7 @@ def test_special_tokens_have_no_text(tokenizer):
     end = tokenizer.tokenizer.token_to_id("<|end|>")
     ids = [*tokenizer.encode("fox"), end, *tokenizer.encode("hen")]
     assert "".join(streamed(tokenizer, ids)[0]) == "foxhen"
+    assert tokenizer.special_ids(["fox", "<|end|>", "<|no"]) == (end,)
 
 
 @pytest.mark.slow

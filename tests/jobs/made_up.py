@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs import provenance
-from jobs.record import CellRecord, Plan, PlannedSample, Row, RowWriter, content_hash, sample_key, write_plan
+from jobs.record import (
+    CellRecord,
+    Plan,
+    PlannedSample,
+    Row,
+    RowWriter,
+    content_hash,
+    read_plan,
+    sample_key,
+    write_plan,
+)
 from jobs.tasks import get_task
 from spts.schedule import Schedule
+from tests.jobs.many_tasks import NAMES
 
 ACCURACY = {
     "dense": (0.99, 0.98, 0.97, 0.93),
@@ -32,38 +45,35 @@ def write_results(
     answers: dict[str, str] | None = None,
     errors: dict[str, str] | None = None,
     unfinished: int = 0,
+    per_context: int = 1,
+    reuse: bool = False,
+    follows: tuple[str, ...] = (),
+    answer_tokens: dict[str, int] | None = None,
+    depths: tuple[float, ...] = (),
+    dtype: str = "float32",
+    in_flight: int = 1,
 ) -> Plan:
-    """Writes plan, rows, provenance. `answers`, `errors`: text and error of the sample "label/sample id"."""
+    """Writes plan, rows, provenance.
+
+    methods: labels, "name" or "name, anything". answers, errors: text and error of the sample "label/sample
+    id". per_context: samples that share a context; reuse: all but the first of them kept something from the
+    one before. follows: tasks whose samples follow given tokens. answer_tokens: by label.
+    """
     rng = random.Random(1)
     cells, samples, rows = [], [], []
-    for method in methods:
+    for label in methods:
+        method = label.partition(",")[0]
         for task in tasks:
             for index, length in enumerate(lengths):
-                schedule = Schedule.preset("demo-12l", num_tokens=length).to_dict()
-                content = {
-                    "model": "f" * 64,
-                    "method": {"name": method}
-                    if method == "dense"
-                    else {"name": method, "schedule": schedule},
-                    "task": task,
-                    "task_version": get_task(task).version,
-                    "length": length,
-                    "seed": 0,
-                }
-                cell = CellRecord(
-                    id=content_hash(content),
-                    label=method,
-                    model="demo_model",
-                    content=content,
-                    task_spec={"name": task},
-                )
+                cell = _cell(label, method, task, length, dtype)
                 cells.append(cell)
                 for number in range(count):
                     sample_id = f"{task}-{length}-0-{number}"
                     sha256 = hashlib.sha256(sample_id.encode()).hexdigest()
                     references = ("amber", "cedar", "river")[: 3 if task == "multivalue" else 1]
-                    right = rng.random() < ACCURACY[method][index] * HARD[task]
+                    right = rng.random() < ACCURACY[method][index] * HARD.get(task, 1.0)
                     said = references if right else references[: rng.randrange(len(references))]
+                    depth = depths[number % len(depths)] if depths else round(rng.random(), 4)
                     planned = PlannedSample(
                         key=sample_key(cell.id, sample_id, sha256),
                         cell=cell.id,
@@ -72,14 +82,30 @@ def write_results(
                         prompt_sha256=sha256,
                         question="What is the code of falcon?\nAnswer:",
                         references=references,
-                        meta={"depth": round(rng.random(), 4)},
-                        context=None,
+                        meta={"depth": depth} if task not in NAMES else {},
+                        context=f"{length}-{number // per_context}" if per_context > 1 else None,
                     )
                     samples.append(planned)
-                    name = f"{method}/{sample_id}"
-                    error = (errors or {}).get(name)
-                    text = (answers or {}).get(name, " " + ", ".join(said or ("granite",)) + ".")
-                    rows.append(_row(planned, method, text, error, rng))
+                    name = f"{label}/{sample_id}"
+                    text = " " + ", ".join(said or ("granite",)) + "."
+                    if task in NAMES:
+                        mean = ACCURACY[method][index] * (0.3 + 0.03 * NAMES.index(task))
+                        text = f"{min(1.0, max(0.0, rng.gauss(mean, 0.2))):.3f}"
+                    row = _row(
+                        planned, method, (answers or {}).get(name, text), (errors or {}).get(name), rng
+                    )
+                    change: dict[str, Any] = {}
+                    if label in (answer_tokens or {}):
+                        tokens = (answer_tokens or {})[label]
+                        decode_s = 0.01 * (tokens - 1)
+                        change = {"token_ids": tuple(range(tokens)), "decode_s": decode_s}
+                        change["total_s"] = (row.ttft_s or 0) + decode_s
+                    if reuse and number % per_context:
+                        change |= {"reused_tokens": 500, "reused_flops": 0.25 * (row.flops or 0)}
+                    if task in follows:
+                        ranks = [1 if rng.random() < ACCURACY[method][index] else 4 for _ in range(8)]
+                        change["agreement"] = {"rank": ranks, "kl": [0.01 * rank for rank in ranks]}
+                    rows.append(row if row.error is not None else replace(row, **change))
     plan = Plan(name="demo", cells=tuple(cells), samples=tuple(samples))
     folder.mkdir(parents=True, exist_ok=True)
     write_plan(folder, plan)
@@ -87,10 +113,56 @@ def write_results(
         for row in rows[: len(rows) - unfinished]:
             writer.write(row)
     entry = provenance.collect(
-        command=["python", "-m", "jobs.sweep"], config={"name": "demo"}, commit="0" * 40
+        command=["python", "-m", "jobs.sweep"],
+        config={"name": "demo", "engine": {"count": 1, "in_flight": in_flight}},
+        commit="0" * 40,
     )
-    provenance.append(folder, {**entry, "run": "r0", "engines": [{"device": "cpu", "dtype": "float32"}]})
+    engine = {"model_name": "demo_model", "device": "cpu", "dtype": dtype, "world_size": 1}
+    end = {
+        "wall_s": 100.0,
+        "samples_per_s": 12.8,
+        "prompt_tokens_per_s": 49_152.0,
+        "engines": {"engine-0": {"busy_s": 97.0, "utilisation": 0.97}},
+    }
+    provenance.append(folder, {**entry, "run": "r0", "engine": engine, "end": end})
     return plan
+
+
+def change_plan(
+    folder: Path,
+    *,
+    cell: Callable[[CellRecord], CellRecord] = lambda one: one,
+    sample: Callable[[PlannedSample], PlannedSample] = lambda one: one,
+) -> None:
+    """Writes a folder's plan anew, with its cells and samples as `cell` and `sample` make them."""
+    plan = read_plan(folder)
+    cells, samples = tuple(map(cell, plan.cells)), tuple(map(sample, plan.samples))
+    write_plan(folder, replace(plan, cells=cells, samples=samples))
+
+
+def next_version(cell: CellRecord) -> CellRecord:
+    """A cell of the same task, one version later."""
+    content = {**cell.content, "task_version": cell.content["task_version"] + 1}
+    return replace(cell, content=content)
+
+
+def _cell(label: str, method: str, task: str, length: int, dtype: str) -> CellRecord:
+    schedule = Schedule.preset("demo-12l", num_tokens=length).to_dict()
+    content = {
+        "model": "f" * 64,
+        "tokenizer": "e" * 64,
+        "dtype": dtype,
+        "method": {"name": method} if method == "dense" else {"name": method, "schedule": schedule},
+        "variant": label,
+        "task": task,
+        "task_version": get_task(task).version,
+        "task_content": dict(get_task(task).content()),
+        "length": length,
+        "seed": 0,
+    }
+    return CellRecord(
+        id=content_hash(content), label=label, model="demo_model", content=content, task_spec={"name": task}
+    )
 
 
 def _row(planned: PlannedSample, method: str, text: str, error: str | None, rng: random.Random) -> Row:
@@ -104,7 +176,7 @@ def _row(planned: PlannedSample, method: str, text: str, error: str | None, rng:
         "finished_unix_s": 1.79e9,
     }
     if error is not None:
-        return Row(**start, error=error)
+        return Row(**start, error=error, error_kind=error.partition(":")[0])
     dense = 2.0e6 * planned.prompt_tokens + 60.0 * planned.prompt_tokens**2
     seconds = dense * SHARE[method] / 3e10 * rng.uniform(0.95, 1.1)
     return Row(

@@ -63,6 +63,55 @@ def test_random_shape_against_transformers(capsys):
     assert printed.index("model ") < printed.index("predicted ") < printed.index("TTFT s")
 
 
+def test_the_papers_steps_and_where_their_time_goes(tmp_path, capsys):
+    out = tmp_path / "latency.json"
+    steps = ("pap", "pap+ltp", "spts")
+    assert (
+        run_local("--shape", "tiny", "--lengths", "200", "--methods", *steps, "--parts", "--out", str(out))
+        == 0
+    )
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert last_line(printed) == report
+    flop = {row["method"]: row["predicted_flop"] for row in report["rows"]}
+    assert flop["dense"] > flop["pap"] > flop["pap+ltp"] > flop["spts"]
+    parts = [part for part in report["parts"] if part["method"] == "spts"]
+    assert {part["layers"] for part in parts} == {"0-2", "3-3", "4-4", "5-5", "6-6", "7-7"}
+    calls = {(part["layers"], part["part"]): part["calls"] for part in parts}
+    assert calls["0-2", "norms"] == 6
+    assert calls["0-2", "attention"] == 3
+    assert calls["3-3", "select"] == 3  # attention, FFN, cut
+    assert ("0-2", "select") not in calls
+    assert all(part["seconds"] > 0 for part in parts)
+    assert "200 tokens, spts, ms" in printed
+
+
+def test_published_budgets_are_not_scaled(capsys):
+    names = ("--shape", "llama-3.1-8b", "--lengths", "100000", "--published", "--tokens-out", "1")
+    assert latency.main(["--local", *names, "--device", "nowhere"]) == 2
+    case = plan(
+        arena.SHAPES["llama-3.1-8b"],
+        8192,
+        names=["spts"],
+        schedule="llama-3.1-8b",
+        proxy=ProxyShape(channels=512, rank=192),
+        dtype_bytes=2,
+        published=True,
+    )
+    assert case.schedule.active_tokens(10) == 9216
+    assert case.flops["dense"] / case.flops["spts"] == pytest.approx(1.44, abs=0.01)
+
+
+def test_backends_are_rivals_that_answer_alike(capsys):
+    args = ("--shape", "tiny", "--lengths", "50", "--backends", "math", "flash")
+    assert run_local(*args) == 0
+    rows = last_line(capsys.readouterr().out)["rows"]
+    assert [row["method"] for row in rows] == ["dense", "spts", "dense, math", "dense, flash", "transformers"]
+    assert rows[2]["kv_bytes"] == rows[0]["kv_bytes"]
+    assert run_local("--shape", "tiny", "--lengths", "50", "--backends", "cudnn") == 2
+    assert "backends must be ones that torch has" in capsys.readouterr().err
+
+
 def test_model_folder_uses_its_fitted_proxies(folder, capsys):
     assert run_local("--model", str(folder), "--lengths", "100") == 0
     about = last_line(capsys.readouterr().out)
@@ -81,7 +130,7 @@ def test_one_token_out_has_no_time_per_token(capsys):
         (["--shape", "tiny", "--model", "x"], "model must be left out with --shape"),
         (["--shape", "tiny", "--proxies", "x"], "proxies must be left out with --shape"),
         (["--shape", "tiny", "--rank", "0"], "rank must be an integer of at least 1, got 0"),
-        (["--shape", "tiny", "--methods", "dense"], "methods must be of spts, random, recency"),
+        (["--shape", "tiny", "--methods", "dense"], "methods must be of pap, pap+ltp, spts, random, recency"),
         (["--shape", "tiny", "--schedule", "no-such"], "schedule must be one of"),
         (["--shape", "tiny", "--repeats", "0"], "repeats must be an integer of at least 1"),
         (["--shape", "tiny", "--lengths", "0"], "lengths must be an integer of at least 1"),
@@ -145,7 +194,7 @@ def test_own_and_transformers_answer_alike():
     own, rival = Own(model, Dense()).run(prompt, follow), Transformers(hf_model).run(prompt, follow)
     assert disagreement(own.answer, rival.answer, 1e-4) is None
     assert own.kv_bytes == rival.kv_bytes == 60 * 8 * 2 * 2 * 8 * 4
-    chosen = Own(model, case_at(60).methods[1]).run(prompt, follow)
+    chosen = Own(model, case_at(60).methods["spts"]).run(prompt, follow)
     assert disagreement(chosen.answer, rival.answer, 1e-4) is not None
     assert disagreement(Own(model, case_at(60).full()).run(prompt, follow).answer, own.answer, 0.0) is None
 
@@ -161,7 +210,7 @@ def test_disagreement_sees_nan_and_tokens():
 def test_work_that_was_not_planned_is_a_fault():
     model, _ = model_of(TINY, 80)
     case = case_at(60)
-    warm = {method.name: Own(model, method).run(list(range(60)), []) for method in case.methods}
+    warm = {name: Own(model, method).run(list(range(60)), []) for name, method in case.methods.items()}
     assert work_faults(case, warm, TINY) == []
     swapped = {"dense": warm["spts"], "spts": warm["dense"]}
     assert len(work_faults(case, swapped, TINY)) == 4
@@ -187,14 +236,24 @@ def test_runs_take_turns_and_ratios_are_medians_within_a_round():
         Fixed("spts", [5.0, 5.0, 10.0], order),
         Fixed("transformers", [12.0, 20.0, 48.0], order),
     ]
+    first = Timed(ttft_s=99.0, tpot_s=None, kv_bytes=8, answer=(), work=None)
     rows = measure(
-        case_at(60), contestants, prompt=[], follow=[], repeats=3, progress=lambda: order.append("|")
+        case_at(60),
+        contestants,
+        warm={each.name: first for each in contestants},
+        prompt=[],
+        follow=[],
+        repeats=3,
+        progress=lambda: order.append("|"),
     )
     assert "".join(name[0] for name in order if name != "|") == "dst" + "std" + "tds"
     _, spts, rival = rows
     assert (spts.ttft_median_s, spts.ttft_min_s, spts.ttft_max_s) == (5.0, 5.0, 10.0)
     assert spts.speedup_vs_dense_ratio == 4.0  # of 2, 4, 4
     assert spts.speedup_vs_transformers_ratio == 4.0  # of 2.4, 4, 4.8
+    assert spts.speedup_vs_fastest_dense_ratio == 4.0  # dense and transformers have the same median
+    assert spts.first_ttft_s == 99.0
+    assert spts.achieved_flop_per_s == spts.predicted_flop / 5.0
     assert rival.speedup_vs_dense_ratio == pytest.approx(10 / 12)  # of 10/12, 1, 40/48
     lines = table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -213,7 +272,10 @@ def test_local_needs_neither_ray_nor_deepspeed_nor_pydantic(folder):
     assert len(last_line(done.stdout)["rows"]) == 3
 
 
-@pytest.mark.parametrize("option", [("--shape", "tiny"), ("--rank", "8"), ("--attention", "eager")])
+@pytest.mark.parametrize(
+    "option",
+    [("--shape", "tiny"), ("--rank", "8"), ("--attention", "eager"), ("--backends", "math"), ("--parts",)],
+)
 def test_options_of_the_local_race_need_local(option, capsys):
     assert latency.main([*option, "--lengths", "10"]) == 2
     assert f"{option[0][2:]} must be left out without --local" in capsys.readouterr().err

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from jobs.progress import SweepProgress, clock_time
+from jobs.progress import PromptProgress, SweepProgress, clock_time
 from jobs.record import Row
+from jobs.tasks import get_task
 
 
 class Clock:
@@ -18,10 +20,22 @@ class Clock:
         return self.now
 
 
-def work(label: str, flops: float, reference: str = "amber"):
-    cell = SimpleNamespace(label=label, task="single", task_spec={"name": "single"}, length=4096)
-    return SimpleNamespace(
-        cell=cell, flops=flops, planned=SimpleNamespace(references=(reference,), sample="s-1", meta={})
+def work(label: str, flops: float, reference: str = "amber") -> Any:
+    record = SimpleNamespace(label=label, task="single", length=4096)
+    cell = SimpleNamespace(record=record, task=get_task("single"))
+    planned = SimpleNamespace(references=(reference,), meta={})
+    return SimpleNamespace(cell=cell, flops=flops, sample="s-1", planned=planned)
+
+
+def progress_of(items, *, already=0, out, clock):
+    return SweepProgress(
+        labels=dict.fromkeys(item.cell.record.label for item in items),
+        total=already + len(items),
+        already=already,
+        flops=sum(item.flops for item in items),
+        planned=lambda one: one.planned,  # type: ignore[arg-type,return-value]  # a stand-in
+        out=out,
+        clock=clock,
     )
 
 
@@ -42,7 +56,7 @@ def row(text: str | None, error: str | None = None) -> Row:
 def test_lines_say_done_left_and_scores():
     clock, out = Clock(), io.StringIO()
     items = [work("dense", 60.0), work("spts", 20.0), work("dense", 15.0), work("spts", 5.0)]
-    progress = SweepProgress(items, out=out, clock=clock)
+    progress = progress_of(items, out=out, clock=clock)
     for item, text in zip(items, [" Amber.", " granite", " amber", " amber, or not"], strict=True):
         clock.now += 6
         progress.on_row(item, row(text))
@@ -58,7 +72,7 @@ def test_lines_say_done_left_and_scores():
 def test_not_more_than_a_line_every_five_seconds_but_always_the_last():
     clock, out = Clock(), io.StringIO()
     items = [work("dense", 1.0)] * 50
-    progress = SweepProgress(items, out=out, clock=clock)
+    progress = progress_of(items, out=out, clock=clock)
     for item in items:
         clock.now += 0.5
         progress.on_row(item, row("amber"))
@@ -70,7 +84,7 @@ def test_not_more_than_a_line_every_five_seconds_but_always_the_last():
 def test_failures_are_told_at_once_but_not_for_ever():
     clock, out = Clock(), io.StringIO()
     items = [work("spts", 1.0)] * 9
-    progress = SweepProgress(items, out=out, clock=clock)
+    progress = progress_of(items, out=out, clock=clock)
     for item in items:
         progress.on_row(item, row(None, "deadline: late"))
     lines = out.getvalue().splitlines()
@@ -80,7 +94,7 @@ def test_failures_are_told_at_once_but_not_for_ever():
 
 def test_a_resumed_sweep_counts_what_was_done_before():
     clock, out = Clock(), io.StringIO()
-    progress = SweepProgress([work("dense", 1.0)], already=99, out=out, clock=clock)
+    progress = progress_of([work("dense", 1.0)], already=99, out=out, clock=clock)
     clock.now += 3
     progress.on_row(work("dense", 1.0), row("amber"))
     assert out.getvalue().startswith("[100/100 100%] 0:03 elapsed, 0:00 left")
@@ -92,7 +106,7 @@ def test_a_terminal_gets_a_bar():
             return True
 
     clock, out = Clock(), Terminal()
-    progress = SweepProgress([work("dense", 1.0)] * 2, out=out, clock=clock)
+    progress = progress_of([work("dense", 1.0)] * 2, out=out, clock=clock)
     clock.now += 2
     progress.on_row(work("dense", 1.0), row("amber"))
     progress.on_row(work("dense", 1.0), row(None, "internal: [red]x[/red]"))
@@ -100,6 +114,19 @@ def test_a_terminal_gets_a_bar():
     assert "2/2" in out.getvalue()
     assert "dense 50" in out.getvalue()
     assert "[red]x[/red]" in out.getvalue()
+
+
+def test_making_prompts_is_shown_too():
+    clock, out = Clock(), io.StringIO()
+    progress = PromptProgress(40, out=out, clock=clock)
+    for _ in range(10):
+        clock.now += 1
+        progress.on_prompt(4)
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "[20/40  50%] 0:05 elapsed, making the prompts",
+        "[40/40 100%] 0:10 elapsed, making the prompts",
+    ]
 
 
 @pytest.mark.parametrize(

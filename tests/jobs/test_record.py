@@ -53,7 +53,15 @@ def test_a_file_cut_at_any_byte_loses_only_the_row_that_was_being_written(tmp_pa
         assert path.read_bytes().endswith(b"}\n")
 
 
-def test_a_row_is_on_disk_when_write_returns(tmp_path):
+def test_a_torn_line_longer_than_what_is_read_at_once(tmp_path):
+    write(tmp_path, [row("a", text="x" * 200_000)])
+    path = tmp_path / "rows" / "engine-0.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"key": "' + b"y" * 150_000)
+    write(tmp_path, [row("b")])
+    assert list(read_rows(tmp_path)) == ["a", "b"]
+
+
+def test_a_row_can_be_read_when_write_returns(tmp_path):
     with RowWriter(tmp_path, "engine-0") as writer:
         writer.write(row("a"))
         assert list(read_rows(tmp_path)) == ["a"]
@@ -95,17 +103,34 @@ def test_plan_round_trip(tmp_path):
 
 def test_a_folder_without_a_plan_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"results must be a folder of jobs.sweep, got .* without plan.json"
+        ConfigError, match=r"results must be a folder of jobs.sweep, got .* without plan.jsonl"
     ):
         read_plan(tmp_path)
 
 
 def test_a_plan_of_another_schema_is_refused(tmp_path):
     write_results(tmp_path, lengths=(64,), count=1)
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    (tmp_path / "plan.json").write_text(json.dumps({**plan, "schema": 99}))
-    with pytest.raises(ConfigError, match="must have schema 2, got 99"):
+    head, *samples = (tmp_path / "plan.jsonl").read_text().splitlines()
+    (tmp_path / "plan.jsonl").write_text(
+        "\n".join([json.dumps({**json.loads(head), "schema": 99}), *samples])
+    )
+    with pytest.raises(ConfigError, match=r"plan.jsonl must have schema 2, got 99"):
         read_plan(tmp_path)
+
+
+def test_the_first_schemas_plan_is_known(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"schema": 1, "name": "x", "cells": [], "samples": []}))
+    for reader in (read_plan, record.check_schema):
+        with pytest.raises(ConfigError, match=r"plan.json must have schema 2, got 1; use it with"):
+            reader(tmp_path)
+
+
+def test_a_plan_that_was_not_finished_leaves_the_old_one(tmp_path):
+    plan = write_results(tmp_path, lengths=(64,), count=1)
+    with record.PlanWriter(tmp_path, name="new", cells=()) as writer:
+        writer.add(plan.samples[0])
+    assert read_plan(tmp_path) == plan
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_only_one_sweep_at_a_time(tmp_path):
@@ -146,6 +171,8 @@ def test_provenance_survives_a_torn_line(tmp_path):
     assert provenance.read(tmp_path) == [{"run": "1"}]
     provenance.append(tmp_path, {"run": "3"})
     assert provenance.read(tmp_path) == [{"run": "1"}, {"run": "3"}]
+    provenance.finish(tmp_path, "1", {"wall_s": 2.0})
+    assert provenance.read(tmp_path) == [{"run": "1", "end": {"wall_s": 2.0}}, {"run": "3"}]
 
 
 def test_provenance_says_where_results_come_from():

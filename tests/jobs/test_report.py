@@ -7,19 +7,25 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
-from jobs import plots, report, wording
+from jobs import palette, plots, report, wording
+from jobs.columns import LINE_FIELDS, SAMPLE_FIELDS
+from jobs.drilldown import drilldown
 from jobs.record import read_plan, read_rows
 from jobs.report import write_report
-from jobs.stats import mean_interval, paired_difference
+from jobs.stats import holm, mean_interval, paired_difference
 from jobs.summary import load
-from jobs.tasks import get_task
+from jobs.tasks import FAMILIES, get_task
 from spts.errors import ConfigError
-from tests.jobs.made_up import write_results
+from tests.jobs.made_up import change_plan, next_version, write_results
+from tests.jobs.many_tasks import FAMILY, NAMES
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 EVIL = '<script>alert("x")</script> <img src=x onerror=alert(1)> &amp; \x1b[31m |\n`'
@@ -165,7 +171,7 @@ def test_the_page_says_what_the_numbers_say(small):
     ours, dense = 100 * spts.score.value, 100 * model.overall["dense"].score.value
     sentence = (
         f"spts scores {ours:.1f} % where dense scores {dense:.1f} %, with 44 % of the dense prefill FLOP and "
-        f"41 % of the KV cache; its first token comes {spts.speedup:.2f}× as fast."
+        f"41 % of the KV cache; its first token comes {spts.costs.speedup:.2f}× as fast."
     )
     assert sentence in page.text.replace("\N{NO-BREAK SPACE}", " ")
     assert "1 sample failed and counted as a score of 0." in page.text
@@ -184,7 +190,7 @@ def test_the_page_is_the_same_every_time(small, fresh):
 def test_markdown_tables_have_as_many_cells_as_their_heads(small):
     text = (small / "report.md").read_text(encoding="utf-8")
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 4
+    assert len(tables) == 8, "scores, costs, tasks, lengths (all, two tasks), provenance, starts"
     for table in tables:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
@@ -193,8 +199,7 @@ def test_markdown_tables_have_as_many_cells_as_their_heads(small):
 
 
 def test_labels_cannot_break_a_table(fresh):
-    plan = (fresh / "plan.json").read_text()
-    (fresh / "plan.json").write_text(plan.replace('"label": "recency"', '"label": "re|cen<i>cy"'))
+    change_plan(fresh, cell=lambda one: replace(one, label="re|cen<i>cy") if one.label == "recency" else one)
     write_report(fresh)
     assert "| re\\|cen&lt;i>cy |" in (fresh / "report.md").read_text()
     page = Page((fresh / "report.html").read_text())
@@ -209,7 +214,7 @@ def test_the_terminal_table_fits_80_columns(small):
     assert max(map(len, printed.splitlines())) <= 80
     assert "…" not in printed.replace(" … ", ""), "no column is cut"
     for label in ("dense", "spts", "random", "recency"):
-        assert len(re.findall(rf"^ +{label} +", printed, flags=re.MULTILINE)) == 2
+        assert len(re.findall(rf"^ +{label} +", printed, flags=re.MULTILINE)) == 3
     assert "1 sample failed" in printed
 
 
@@ -226,7 +231,7 @@ def test_a_sweep_without_dense_has_no_differences(tmp_path):
     write_report(tmp_path)
     (model,) = load(tmp_path).models
     assert model.baseline is None
-    assert all(line.delta is None and line.speedup is None for line in model.overall.values())
+    assert all(line.delta is None and line.costs.speedup is None for line in model.overall.values())
     Page((tmp_path / "report.html").read_text())
 
 
@@ -243,16 +248,13 @@ def test_everything_failed(tmp_path):
     )
     write_report(tmp_path)
     line = load(tmp_path).models[0].overall["spts"]
-    assert (line.score.value, line.failed, line.flop_share, line.ttft_s) == (0.0, 2, None, None)
+    assert (line.score.value, line.failed, line.costs.flop_share, line.costs.ttft_s) == (0.0, 2, None, None)
     assert "4 samples failed" in Page((tmp_path / "report.html").read_text()).text
 
 
 def test_another_version_of_a_task_is_refused(fresh):
-    plan = (fresh / "plan.json").read_text()
     version = get_task("single").version
-    changed = plan.replace(f'"task_version": {version}', f'"task_version": {version + 1}')
-    assert changed != plan
-    (fresh / "plan.json").write_text(changed)
+    change_plan(fresh, cell=next_version)
     with pytest.raises(
         ConfigError, match=f"must be {version} to be scored .*, got {version + 1} in the results"
     ):
@@ -283,10 +285,12 @@ def test_the_command_line(small, fresh, tmp_path, capsys):
 
 def test_pareto_front(small):
     (model,) = load(small).models
-    front = plots.pareto_front(list(model.overall.values()))
+    front = plots.pareto_front(list(model.overall.values()), plots.flop_share)
     assert front[0].score.value == max(line.score.value for line in model.overall.values())
     for line in model.overall.values():
-        best = [one.score.value for one in front if (one.flop_share or 0) <= (line.flop_share or 0)]
+        best = [
+            one.score.value for one in front if (one.costs.flop_share or 0) <= (line.costs.flop_share or 0)
+        ]
         assert max(best) >= line.score.value, "each line is on the front or beaten by one that is"
     values = [line.score.value for line in front]
     assert values == sorted(values, reverse=True)
@@ -310,13 +314,210 @@ def test_words_for_numbers():
 
 
 def test_times_of_different_runs_are_not_compared(fresh):
-    plan = json.loads((fresh / "plan.json").read_text())
-    cells = {cell["id"] for cell in plan["cells"] if cell["label"] == "random"}
+    cells = {cell.id for cell in read_plan(fresh).cells if cell.label == "random"}
     (rows,) = (fresh / "rows").glob("*.jsonl")
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     for line in lines:
         line["run"] = "r1" if line["cell"] in cells else line["run"]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (model,) = load(fresh).models
-    assert model.overall["random"].speedup is None
-    assert model.overall["spts"].speedup is not None
+    assert model.overall["random"].costs.speedup is None
+    assert model.overall["spts"].costs.speedup is not None
+
+
+def test_samples_that_share_a_context_are_resampled_together(tmp_path):
+    write_results(tmp_path, tasks=("single",), lengths=(1024, 4096), count=20, per_context=5)
+    (model,) = load(tmp_path).models
+    line = model.overall["random"]
+    assert (line.score.count, line.score.clusters, line.score.interval) == (40, 8, "bootstrap")
+    names = [one.planned.context for one in model.scored if one.cell.label == "random"]
+    expected = mean_interval([one.score for one in model.scored if one.cell.label == "random"], names)
+    assert (line.score.low, line.score.high) == pytest.approx((expected.low, expected.high))
+    assert line.delta is not None and line.delta.clusters == 8
+    assert "come from only 8 contexts" in " ".join(wording.warnings(load(tmp_path)))
+
+
+def test_prompts_that_reused_something_have_no_time_of_their_own(tmp_path):
+    write_results(tmp_path, tasks=("single",), lengths=(1024,), count=8, per_context=4, reuse=True)
+    (model,) = load(tmp_path).models
+    own = [
+        one.row.ttft_s or 0.0
+        for one in model.scored
+        if one.cell.label == "spts" and not one.row.reused_tokens
+    ]
+    costs = model.overall["spts"].costs
+    assert len(own) == 2 and costs.reused == 6
+    assert costs.ttft_s == pytest.approx(sum(own) / 2)
+    assert costs.flop_share == pytest.approx(0.44)
+    assert costs.done_share == pytest.approx(0.44 * (1 - 0.25 * 6 / 8), rel=1e-3)
+    assert "6 of 8 with spts" in " ".join(wording.warnings(load(tmp_path)))
+    write_report(tmp_path)
+    assert "after reuse" in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_gains_from_shorter_answers_are_shown_as_such(tmp_path):
+    tokens = {"dense": 101, "spts": 11}
+    write_results(tmp_path, methods=("dense", "spts"), tasks=("single",), lengths=(1024,), count=6,
+                  answer_tokens=tokens)  # fmt: skip
+    (model,) = load(tmp_path).models
+    costs = model.overall["spts"].costs
+    # 0.01 s a token: dense takes its prefill + 1 s, spts its own + 0.1 s; at 101 tokens its own + 1 s.
+    pairs: dict[str, dict[str, Any]] = {}
+    for one in model.scored:
+        pairs.setdefault(one.planned.sample, {})[one.cell.label] = one.row
+    equal = sorted((p["dense"].ttft_s + 1.0) / (p["spts"].ttft_s + 1.0) for p in pairs.values())
+    raw = sorted((p["dense"].ttft_s + 1.0) / (p["spts"].ttft_s + 0.1) for p in pairs.values())
+    assert costs.equal_speedup == pytest.approx((equal[2] + equal[3]) / 2)
+    assert costs.e2e_speedup == pytest.approx((raw[2] + raw[3]) / 2)
+    assert costs.tpot_s == pytest.approx(0.01)
+    assert costs.answer_ratio == pytest.approx(11 / 101)
+    assert costs.lengths_differ
+    assert "spts 89 % shorter" in " ".join(wording.warnings(load(tmp_path))).replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+    page = Page((write_report(tmp_path)).read_text()).text
+    assert "so a part of this is not speed" in page
+
+
+def test_samples_that_follow_tokens_score_by_rank(tmp_path, monkeypatch):
+    write_results(tmp_path, methods=("dense", "random"), tasks=("single",), lengths=(1024,), count=6,
+                  follows=("single",))  # fmt: skip
+    (model,) = load(tmp_path).models
+    rows = [one for one in model.scored if one.cell.label == "random"]
+    for one in rows:
+        assert one.row.agreement is not None
+        assert one.score == sum(rank == 1 for rank in one.row.agreement["rank"]) / 8
+    ranks = [rank for one in rows for rank in (one.row.agreement or {})["rank"]]
+    costs = model.overall["random"].costs
+    assert costs.rank_mean == pytest.approx(sum(ranks) / 48)
+    assert costs.kl_nats == pytest.approx(0.01 * sum(ranks) / 48)
+    assert "KL, nats" in Page(write_report(tmp_path).read_text()).text
+    out = io.StringIO()
+    report.terminal(load(tmp_path), Console(width=80, file=out))
+    assert "agreement with dense" in out.getvalue()
+
+
+def test_parquet_holds_the_rows_and_the_lines(small):
+    samples = pyarrow.parquet.read_table(small / "samples.parquet")
+    rows = read_rows(small)
+    assert samples.num_rows == len(rows)
+    assert [field.name for field in samples.schema] == [field.name for field in SAMPLE_FIELDS]
+    for one in samples.to_pylist():
+        row = rows[one["key"]]
+        assert (one["text"], one["error"], one["ttft_s"]) == (row.text, row.error, row.ttft_s)
+        assert tuple(one["token_ids"] or ()) == (row.token_ids or ())
+    found = {(o["label"], o["sample"]): o["score"] for o in samples.to_pylist()}
+    assert {k: v for (label, k), v in found.items() if label == "spts"} == scores(small, "spts")
+    lines = pyarrow.parquet.read_table(small / "report.parquet").to_pylist()
+    table = list(csv.DictReader(io.StringIO((small / "report.csv").read_text())))
+    assert len(lines) == len(table)
+    for one, other in zip(lines, table, strict=True):
+        assert one["score"] == pytest.approx(float(other["score"]), abs=1e-8)
+        assert (one["label"], one["length_tokens"]) == (other["label"], other["length_tokens"])
+    readme = (small / "README.md").read_text()
+    for field in (*LINE_FIELDS, *SAMPLE_FIELDS):
+        assert f"| {field.name} | {field.type} |" in readme
+
+
+def test_a_report_names_what_stands_when_many_are_compared(small):
+    (model,) = load(small).models
+    assert set(model.comparisons) == {"spts", "random", "recency"}
+    assert [test.holm for test in model.comparisons.values()] == holm(
+        [test.p for test in model.comparisons.values()]
+    )
+    sentence = wording.corrected(model)
+    assert sentence.startswith("3 methods are compared with dense. After Holm's correction")
+    page = Page((small / "report.html").read_text(encoding="utf-8"))
+    assert sentence.replace("\N{NO-BREAK SPACE}", " ") in page.text
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A family of 21 tasks, as large as LongBench."""
+    families = {**FAMILIES, **FAMILY}
+    monkeypatch.setattr("jobs.tasks.FAMILIES", families)
+    monkeypatch.setattr("jobs.scoring.FAMILIES", families)
+
+
+def test_many_tasks_have_a_table_and_a_mean(bench, tmp_path):
+    write_results(tmp_path, tasks=NAMES[1:], lengths=(8192,), count=4)
+    write_report(tmp_path)
+    (model,) = load(tmp_path).models
+    means = [model.by_task["spts", task].score.value for task in NAMES[1:]]
+    family = model.families["spts", "bench"]
+    assert family.tasks == 21
+    assert family.score.value == pytest.approx(sum(means) / 21)
+    assert family.delta is not None
+    dense = model.families["dense", "bench"]
+    assert dense.delta is None
+    assert family.delta.value == pytest.approx(family.score.value - dense.score.value)
+    for text in ((tmp_path / "report.md").read_text(), Page((tmp_path / "report.html").read_text()).text):
+        assert "mean of bench" in text
+        assert "set_21" in text
+    out = io.StringIO()
+    report.terminal(load(tmp_path), Console(width=80, file=out))
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert "mean of bench" in out.getvalue()
+
+
+def test_many_methods_are_numbered_and_told_apart(tmp_path):
+    methods = ("dense", *(f"spts, skips from layer {number}" for number in range(1, 20)))
+    write_results(tmp_path, methods=methods, tasks=("single",), lengths=(1024, 2048), count=3)
+    text = Page(write_report(tmp_path).read_text()).text
+    (model,) = load(tmp_path).models
+    chosen = list(palette.colours(model).values())
+    assert len({colour for colour, _ in chosen}) == 20, "no two share a colour"
+    assert palette.numbered(model)
+    assert "20 spts, skips from layer 19" in text
+    assert "19 methods beside dense" in text
+    out = io.StringIO()
+    report.terminal(load(tmp_path), Console(width=100, file=out))
+    assert max(map(len, out.getvalue().splitlines())) <= 100
+
+
+def test_depths_are_exact_where_they_are_few(tmp_path):
+    depths = (0.0, 0.25, 0.5, 0.75, 1.0)
+    write_results(
+        tmp_path / "grid", tasks=("single", "twohop"), lengths=(1024, 2048), count=10, depths=depths
+    )
+    (grid,) = load(tmp_path / "grid").models[0].depths
+    assert grid.rows == ("0", "25", "50", "75", "100")
+    assert grid.tasks == ("single", "twohop")
+    model = load(tmp_path / "grid").models[0]
+    expected = [one.score for one in model.scored if one.cell.label == "random" and one.cell.length == 2048
+                and one.planned.meta["depth"] == 0.75]  # fmt: skip
+    assert len(expected) == 4
+    assert grid.scores["random", 2048, 3] == pytest.approx(sum(expected) / 4)
+    write_results(tmp_path / "free", tasks=("single",), lengths=(1024, 2048), count=10)
+    (free,) = load(tmp_path / "free").models[0].depths
+    assert free.rows == ("0–20", "20–40", "40–60", "60–80", "80–100")
+
+
+def test_of_too_many_samples_the_most_telling_are_shown(small):
+    (model,) = load(small).models
+    everything = drilldown(model)
+    assert everything.shown == everything.total == 24
+    assert sum(map(len, everything.by_task.values())) == 24
+    some = drilldown(model, max_answers=40)
+    assert (some.shown, some.total) == (10, 24)
+    shown = [question for questions in some.by_task.values() for question in questions]
+    assert any("failed" in question.tags for question in shown)
+    hidden = {q.one.planned.sample for qs in everything.by_task.values() for q in qs}
+    hidden -= {question.one.planned.sample for question in shown}
+    assert all("differ" in question.tags for question in shown)
+    assert len(hidden) == 14
+
+
+def test_provenance_is_told(small):
+    text = Page((small / "report.html").read_text(encoding="utf-8")).text
+    for part in ("weights ffffffffffffffffffff", "dtype float32", "1 prompt(s) in flight in each", "97 %",
+                 "12.8 samples/s", "haystack", "seeds 0", "cpu, 1 rank(s) an engine"):  # fmt: skip
+        assert part in text.replace("\N{NO-BREAK SPACE}", " "), part
+
+
+def test_predicted_time_is_dense_time_by_flop_share(small):
+    (model,) = load(small).models
+    line, dense = model.by_length["spts", 4096], model.by_length["dense", 4096]
+    assert dense.costs.ttft_s is not None
+    assert plots.predicted_ttft(model, line) == pytest.approx(0.44 * dense.costs.ttft_s)
+    assert plots.predicted_ttft(model, dense) == pytest.approx(dense.costs.ttft_s)

@@ -6,18 +6,21 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
+import jobs.cells
 import jobs.spec
 from jobs.cells import plan_models
-from jobs.spec import concrete_schedule, load_sweep, output_folder
+from jobs.spec import EngineSpec, Sweep, concrete_schedule, load_sweep, output_folder
 from jobs.sweep import main
-from spts import Proxies
+from spts import Proxies, methods
 from spts.errors import SptsError
-from spts.methods import Dense, Random, Spts
+from spts.methods import METHODS, Dense, Random, Spts
 from spts.schedule import PRESETS, Schedule
 from tests.cluster.tiny import SCHEDULE
 
@@ -31,8 +34,8 @@ FAULTS = [
     ({"lengths": [340, 0]}, "lengths.1 must be greater than or equal to 1, got 0"),
     ({"lengths": [340, "long"]}, "lengths.1 must be a valid integer, got 'long'"),
     (
-        {"lengths": [500]},
-        r"lengths must leave room for the answer in the context of .*\(512 tokens\), got 500 \+ 24",
+        {"lengths": [340, 513]},
+        r"lengths must fit the context of .*\(512 tokens\), got 513; use less",
     ),
     ({"samples": 0}, "samples must be an integer of at least 1, or a mapping .*, got 0; correct it"),
     ({"samples": {340: 2}}, r"samples must have one entry for each of lengths \[340, 420\], got \[340\]"),
@@ -47,7 +50,31 @@ FAULTS = [
     ({"methods": [{"name": "magic"}]}, "name must be one of dense, spts, random, recency, got 'magic'"),
     (
         {"methods": [{"name": "dense", "budget": 3}]},
-        "methods.0.budget must be one of name, label.*unknown key",
+        "methods.0: budget must be one of name, label for method 'dense', got an unknown key; remove it",
+    ),
+    (
+        {"methods": [{"name": "random", "schedule": SCHEDULE.to_dict(), "sead": 1}]},
+        "methods.0: sead must be one of name, label, schedule, seed for method 'random'",
+    ),
+    (
+        {"methods": [{"name": "random", "schedule": SCHEDULE.to_dict(), "seed": -1}]},
+        "methods.0: method.seed must be an integer of at least 0, got -1",
+    ),
+    (
+        {"methods": [{"name": "dense", "proxies": "x"}]},
+        "methods.0: proxies must be one of name, label for method 'dense', got an unknown key",
+    ),
+    ({"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict(), "proxies": "no"}]}, "proxies must be a"),
+    ({"tasks": ["single", {"name": "single", "depth": 3}]}, r"tasks.1: tasks.single.depth must be a known"),
+    ({"tasks": [{"names": "single"}]}, "tasks.0: task must be one of .*, got None; fix the name"),
+    (
+        {"tasks": ["single", "needle"]},
+        r"tasks must make each task once, got 'single' from tasks.0 \(single\) and from tasks.1 \(needle\)",
+    ),
+    (
+        {"methods": [{"name": "dense"}, {"name": "dense", "label": "again"}]},
+        "methods must differ in what they compute, got the same cell from 'dense' of model 'tiny' and "
+        "'again' of model 'tiny' for task 'single' at 340 tokens; remove one",
     ),
     (
         {"methods": [{"name": "dense"}, {"name": "dense"}]},
@@ -56,9 +83,9 @@ FAULTS = [
     ({"methods": [{"name": "spts"}]}, "methods.0: method.schedule must be given, got nothing"),
     (
         {"methods": [{"name": "dense", "schedule": "demo-12l"}]},
-        r"methods.0: method.schedule must be a known key \(name\)",
+        "methods.0: schedule must be one of name, label for method 'dense', got an unknown key",
     ),
-    ({"methods": [{"name": "dense", "seed": 1}]}, r"methods.0: method.seed must be a known key \(name\)"),
+    ({"methods": [{"name": "dense", "seed": 1}]}, "methods.0: seed must be one of name, label for method"),
     (
         {"methods": [{"name": "spts", "schedule": "llama-9"}]},
         "preset must be one of llama-3.1-8b.*, got 'llama-9'",
@@ -160,6 +187,16 @@ def test_an_output_that_cannot_be_written(config, write_config, tmp_path, capsys
     assert f"output must be a folder that can be written, got {out} (Not a directory)" in message
 
 
+def test_a_length_without_room_for_the_answer(config, write_config, capsys):
+    config["lengths"] = [505]
+    message = fault_of(["--config", str(write_config(config))], capsys)
+    expected = (
+        r"lengths must leave room for the answer in the model's context of 512 tokens, got \d+ \+ \d+ in"
+    )
+    assert re.search(expected, message)
+    assert not (Path(config["output"]) / "plan.jsonl").exists()
+
+
 def test_a_length_without_room_for_the_needles(config, write_config, capsys):
     config["lengths"] = [60]
     message = fault_of(["--config", str(write_config(config))], capsys)
@@ -170,8 +207,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, write_config, capsys
     assert main(["--config", str(write_config(config)), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "24 samples" in printed
-    assert "100.0%" in printed
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["method", "tokens"])
+    rows = [line.split() for line in lines[start + 1 : start + 10]]
+    assert [row[:5] for row in rows[:3]] == [
+        ["dense", "340", "2", "4", "4"],
+        ["dense", "420", "2", "4", "4"],
+        ["dense", "all", "4", "8", "8"],
+    ]
+    assert len({len(line) for line in lines[start : start + 10]}) == 1, "aligned"
+    assert {row[6] for row in rows if row[0] == "dense"} == {"100.0%"}
+    assert all(20 < float(row[6].rstrip("%")) < 80 for row in rows if row[0] == "spts")
+    assert "time from a 1024 x 1024 float32 matrix product on this machine's cpu" in printed
     assert not Path(config["output"]).exists()
+
+
+def test_dry_run_predicts_no_time_without_the_device(config, write_config, capsys):
+    config["engine"] = {"device": "cuda"}
+    assert main(["--config", str(write_config(config)), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "time is not predicted: the engines want a GPU" in printed
+    assert "prefill time" not in printed
 
 
 def test_the_demo_is_valid():
@@ -198,16 +254,60 @@ def test_cells_hold_concrete_schedules(config, write_config):
         assert cell.record.content["method"] == expected.to_dict()
 
 
-def test_a_cell_is_named_by_all_that_can_change_its_answers(copied_model, config, write_config):
+CELL_CHANGES: dict[str, dict[str, Any]] = {
+    "seeds": {"seeds": [3]},
+    "lengths": {"lengths": [341, 421]},
+    "tasks": {"tasks": ["twohop", "multikey"]},
+    "dtype": {"engine": {"dtype": "bfloat16"}},
+    "device": {"engine": {"device": "cuda"}},
+    "tensor_parallel_size": {"engine": {"tensor_parallel_size": 2}},
+    "num_threads": {"engine": {"num_threads": 2}},
+}
+NO_CELL_CHANGES: dict[str, dict[str, Any]] = {
+    "name": {"name": "other"},
+    "output": {"output": "elsewhere"},
+    "samples": {"samples": 7},
+    "samples per length": {"samples": {340: 3, 420: 4}},
+    "count": {"engine": {"count": 2}},
+    "in_flight": {"engine": {"in_flight": 2}},
+    "start_timeout_s": {"engine": {"start_timeout_s": 5.0}},
+    "step_timeout_s": {"engine": {"step_timeout_s": 5.0}},
+    "sample_timeout_s": {"sample_timeout_s": 5.0},
+    "attempts": {"attempts": 1},
+}
+OTHERWISE_TESTED = {"model", "methods", "proxies", "engine"}
+
+
+def test_every_field_of_a_sweep_is_known_to_change_its_cells_or_not():
+    fields = {*Sweep.model_fields, *EngineSpec.model_fields}
+    assert fields == {*CELL_CHANGES, *NO_CELL_CHANGES, *OTHERWISE_TESTED} - {"samples per length"}
+
+
+def cell_ids(path) -> set[str]:
+    return {cell.record.id for plan in plan_models(load_sweep(path)) for cell in plan.cells}
+
+
+@pytest.mark.parametrize("field", CELL_CHANGES)
+def test_a_field_that_can_change_answers_changes_every_cell(field, config, write_config):
+    before = cell_ids(write_config(config))
+    assert cell_ids(write_config(config)) == before
+    assert not before & cell_ids(write_config({**config, **CELL_CHANGES[field]}))
+
+
+@pytest.mark.parametrize("field", NO_CELL_CHANGES)
+def test_a_field_that_cannot_change_answers_changes_no_cell(field, config, write_config):
+    before = cell_ids(write_config(config))
+    assert cell_ids(write_config({**config, **NO_CELL_CHANGES[field]})) == before
+
+
+def test_a_cell_is_named_by_its_method_and_its_model(copied_model, config, write_config, tmp_path):
     def ids():
-        (plan,) = plan_models(load_sweep(write_config(config)))
-        return {(c.record.label, c.record.task, c.record.length): c.record.id for c in plan.cells}
+        plans = plan_models(load_sweep(write_config(config)))
+        return {(c.record.label, c.record.task, c.record.length): c.record.id for p in plans for c in p.cells}
 
     before = ids()
-    assert ids() == before
-    config["samples"], config["name"], config["output"] = 7, "other", "elsewhere"
     config["methods"][1]["label"] = "spts"
-    assert ids() == before, "how many, under which name and where to does not change an answer"
+    assert ids() == before, "the name in reports does not change an answer"
 
     def changed(labels, change):
         change()
@@ -218,14 +318,18 @@ def test_a_cell_is_named_by_all_that_can_change_its_answers(copied_model, config
     everything = ("dense", "spts", "random")
     changed(("random",), lambda: config["methods"][2].update(seed=2))
     changed(("spts", "random"), lambda: config["methods"][1]["schedule"].update(reference_tokens=500))
-    changed(everything, lambda: config.update(seeds=[3]))
-    changed(everything, lambda: config.update(engine={"dtype": "bfloat16"}))
+    changed(everything, lambda: (copied_model / "chat_template.jinja").write_text("{{ messages }}"))
     changed(everything, lambda: (copied_model / "tokenizer_config.json").write_text("{}"))
+    changed(everything, lambda: (copied_model / "generation_config.json").write_text('{"eos_token_id": 7}'))
     import spts
 
     model = spts.load(copied_model)
     other = Proxies.fit(model, [list(range(1, 200))], first_layer=2, channels=24, rank=8)
+    other.save(tmp_path / "proxies")
+    changed(("spts",), lambda: config["methods"][1].update(proxies=str(tmp_path / "proxies")))
+    changed(("spts",), lambda: config["methods"][1].pop("proxies"))
     changed(("spts",), lambda: other.save(copied_model / "proxies"))
+    changed((), lambda: config.update(proxies=str(tmp_path / "proxies")))
 
     def another_context():
         data = json.loads((copied_model / "config.json").read_text())
@@ -236,6 +340,51 @@ def test_a_cell_is_named_by_all_that_can_change_its_answers(copied_model, config
             del before[key]
 
     changed(everything, another_context)
+
+
+def test_engines_are_started_per_set_of_proxies(tiny_model, config, write_config, tmp_path):
+    import spts
+
+    fitted = Proxies.fit(spts.load(tiny_model), [list(range(1, 200))], first_layer=2, channels=24, rank=8)
+    fitted.save(tmp_path / "small")
+    config["methods"].append(
+        {**config["methods"][1], "label": "small proxies", "proxies": str(tmp_path / "small")}
+    )
+    sweep = load_sweep(write_config(config))
+    first, second = plan_models(sweep)
+    assert {cell.record.label for cell in first.cells} == {"dense", "spts", "random"}
+    assert {cell.record.label for cell in second.cells} == {"small proxies"}
+    assert [plan.engine_config(sweep).proxies for plan in (first, second)] == [None, str(tmp_path / "small")]
+    assert [plan.proxy and plan.proxy.channels for plan in (first, second)] == [48, 24]
+    assert first.name == second.name
+    config["model"] = [str(tiny_model), "other"]
+    with pytest.raises(SptsError, match="proxies must be left out with several models"):
+        load_sweep(write_config(config))
+
+
+def test_a_methods_own_fields_reach_it(config, write_config, monkeypatch):
+    """Whatever fields a method of `spts.methods` gets, a sweep can set them."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Picky(Random):
+        name: ClassVar[str] = "picky"
+        probe_tokens: int = 1
+
+        def to_dict(self):
+            return {**super().to_dict(), "probe_tokens": self.probe_tokens}
+
+    for module in (jobs.spec, methods):
+        monkeypatch.setattr(module, "METHODS", {**METHODS, "picky": Picky})
+    schedule = config["methods"][1]["schedule"]
+    config["methods"] = [
+        {"name": "picky", "label": f"{n} tokens", "schedule": schedule, "probe_tokens": n} for n in (1, 4)
+    ]
+    (plan,) = plan_models(load_sweep(write_config(config)))
+    assert {(cell.record.label, cell.method.to_dict()["probe_tokens"]) for cell in plan.cells} == {
+        ("1 tokens", 1),
+        ("4 tokens", 4),
+    }
+    assert len({cell.record.id for cell in plan.cells}) == len(plan.cells)
 
 
 def test_concrete_schedules():

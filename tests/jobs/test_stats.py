@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from jobs.stats import mean_interval, paired_difference
+from jobs.stats import (
+    Column,
+    estimates,
+    holm,
+    mean_interval,
+    means_of_means,
+    paired_difference,
+    paired_p_value,
+)
 
 Z = 1.959963984540054
 
@@ -111,3 +121,141 @@ def test_nothing_to_average_is_refused():
         mean_interval([])
     with pytest.raises(ValueError, match="must pair up, got 2 and 1"):
         paired_difference([1, 0], [1])
+
+
+def clustered_scores(
+    rng: np.random.Generator, contexts: int, questions: int
+) -> tuple[list[float], list[str]]:
+    """0/1 scores whose chance of being right is the context's own: 0.3 to 0.9, 0.6 on average."""
+    chances = np.repeat(rng.uniform(0.3, 0.9, contexts), questions)
+    names = [f"document {number}" for number in np.repeat(np.arange(contexts), questions)]
+    return (rng.random(contexts * questions) < chances).astype(float).tolist(), names
+
+
+def test_scores_that_share_contexts_are_resampled_by_context():
+    rng = np.random.default_rng(11)
+    scores, names = clustered_scores(rng, contexts=40, questions=10)
+    estimate = mean_interval(scores, names)
+    assert (estimate.interval, estimate.count, estimate.clusters) == ("bootstrap", 400, 40)
+    by_context = np.asarray(scores).reshape(40, 10)
+
+    oracle = scipy.stats.bootstrap(
+        (np.arange(40),), lambda drawn: by_context[drawn].mean(), vectorized=False, n_resamples=10_000,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert (estimate.low, estimate.high) == pytest.approx((oracle.low, oracle.high), abs=0.008)
+
+
+def test_contexts_of_unequal_size_weigh_by_their_samples():
+    # Context a has 30 samples at 0.9, b has 10 at 0.1: the mean is 0.7, and the four draws of two contexts
+    # give 0.9, 0.7, 0.7, 0.1.
+    estimate = mean_interval([0.9] * 30 + [0.1] * 10, ["a"] * 30 + ["b"] * 10)
+    assert estimate.value == pytest.approx(0.7)
+    assert (estimate.low, estimate.high) == pytest.approx((0.1, 0.9))
+    narrower = mean_interval([0.9] * 30 + [0.1] * 10, ["a"] * 30 + ["b"] * 10, confidence=0.4)
+    assert (narrower.low, narrower.high) == pytest.approx((0.7, 0.7))
+
+
+def test_questions_of_one_document_are_not_so_many_samples():
+    """Ten questions about each of 30 documents: intervals over documents cover the truth, Wilson's do not."""
+    rng = np.random.default_rng(12)
+    by_context = alone = 0
+    for _ in range(150):
+        chance = np.repeat((rng.random(30) < 0.6).astype(float) * 0.9 + 0.05, 10)  # 0.95 or 0.05: mean 0.59
+        scores = (rng.random(300) < chance).astype(float).tolist()
+        clustered, naive = mean_interval(scores, list(np.repeat(np.arange(30), 10))), mean_interval(scores)
+        by_context += clustered.low <= 0.59 <= clustered.high
+        alone += naive.low <= 0.59 <= naive.high
+    assert by_context / 150 > 0.89
+    assert alone / 150 < 0.7
+
+
+def test_a_context_of_its_own_is_no_context():
+    scores = [1.0, 0.0, 1.0, 1.0]
+    assert mean_interval(scores, ["a", "b", "c", "d"]) == mean_interval(scores)
+
+
+def test_equal_scores_in_shared_contexts_count_as_contexts():
+    estimate = mean_interval([1.0] * 40, list(np.repeat(np.arange(8), 5)))
+    assert (estimate.low, estimate.high) == pytest.approx(wilson(8, 8))
+    none = paired_difference([1.0] * 40, [1.0] * 40, list(np.repeat(np.arange(8), 5)))
+    eight = paired_difference([1.0] * 8, [1.0] * 8)
+    assert (none.low, none.high, none.clusters) == (eight.low, eight.high, 8)
+
+
+def test_a_column_has_the_same_interval_in_any_company():
+    rng = np.random.default_rng(13)
+    columns = [Column.of(rng.random(60)), Column.of(rng.random(60)), Column.of(rng.random(25))]
+    alone = [estimates([column])[0] for column in columns]
+    for together in (estimates(columns), estimates(columns[::-1])[::-1]):
+        for one, other in zip(together, alone, strict=True):
+            assert (one.low, one.high) == pytest.approx((other.low, other.high), rel=1e-12)
+
+
+def test_mcnemars_test_is_the_binomial_one_over_pairs_that_differ():
+    # 9 worse, 3 better: P(at most 3 of 12 heads) twice = 2 * (1 + 12 + 66 + 220) / 4096.
+    column = Column.of([1.0] * 3 + [-1.0] * 9 + [0.0] * 18, difference=True)
+    assert paired_p_value(column) == pytest.approx(2 * 299 / 4096)
+    assert paired_p_value(Column.of([0.0] * 9, difference=True)) == 1.0
+
+
+def test_other_differences_have_the_sign_flip_test():
+    rng = np.random.default_rng(14)
+    differences = rng.normal(0.03, 0.1, 40)
+    oracle = scipy.stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(1)
+    )
+    assert paired_p_value(Column.of(differences, difference=True)) == pytest.approx(oracle.pvalue, abs=0.012)
+
+
+def test_the_sign_flip_test_flips_contexts():
+    # Three contexts of ten equal differences: of the 8 sign patterns only the two equal ones are as extreme.
+    column = Column.of(
+        [0.2] * 10 + [0.3] * 10 + [0.1] * 10, ["a"] * 10 + ["b"] * 10 + ["c"] * 10, difference=True
+    )
+    assert paired_p_value(column) == pytest.approx(0.25, abs=0.02)
+
+
+def test_without_a_difference_five_in_a_hundred_tests_reject():
+    rng = np.random.default_rng(15)
+    rejected = 0
+    for _ in range(200):
+        effect = np.repeat(rng.normal(0, 0.2, 20), 5) + rng.normal(0, 0.05, 100)
+        rejected += (
+            paired_p_value(Column.of(effect, list(np.repeat(np.arange(20), 5)), difference=True)) < 0.05
+        )
+    assert rejected / 200 < 0.1
+
+
+def test_holm_by_worked_examples():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    # R: p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm")
+    assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert holm([0.9, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_mean_of_means_counts_every_task_the_same():
+    rng = np.random.default_rng(16)
+    large, small = rng.normal(0.8, 0.1, 400), rng.normal(0.4, 0.1, 50)
+    (estimate,) = means_of_means([[Column.of(large), Column.of(small)]])
+    assert estimate.value == pytest.approx((large.mean() + small.mean()) / 2)
+    assert (estimate.count, estimate.clusters) == (450, 450)
+    error = math.sqrt(large.var() / 400 + small.var() / 50) / 2
+    assert estimate.high - estimate.low == pytest.approx(2 * Z * error, rel=0.05)
+    (certain,) = means_of_means([[Column.of([1.0] * 5), Column.of([1.0] * 5)]])
+    assert (certain.low, certain.high) == pytest.approx(wilson(10, 10))
+
+
+def test_ten_thousand_samples_of_four_methods_take_seconds():
+    rng = np.random.default_rng(17)
+    columns = [Column.of(rng.random(10_000)) for _ in range(4)]
+    columns += [Column.of(rng.uniform(-1, 1, 10_000), difference=True) for _ in range(3)]
+    started = time.process_time()
+    estimates(columns)
+    assert time.process_time() - started < 5
+
+
+def test_contexts_must_pair_up_with_scores():
+    with pytest.raises(ValueError, match="one context per score, got 1 for 2"):
+        mean_interval([1.0, 0.0], ["a"])

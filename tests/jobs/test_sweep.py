@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import resource
 import socket
 import subprocess
 import sys
@@ -20,9 +21,8 @@ from jobs.cells import plan_models
 from jobs.record import locked, read_plan, read_rows
 from jobs.spec import load_sweep, output_folder
 from jobs.sweep import main
-from jobs.work import Prompts, prepare
 from tests import fakes
-from tests.jobs.test_runner import SweptEngine, answers
+from tests.jobs.swept import SweptEngine, answers, made
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -77,11 +77,13 @@ def test_a_sweep_as_a_ray_job(config, write_config, tiny_model, tmp_path):
     assert {row.engine for row in rows_by_key.values()} == {"engine-0", "engine-1"}
     model = spts.load(tiny_model)
     (models,) = plan_models(load_sweep(write_config(config)))
-    for work in prepare(models, Prompts(tiny_model)):
-        row = rows_by_key[work.planned.key]
-        expected = model.generate(work.token_ids, work.method, work.max_new_tokens)
-        assert row.token_ids == tuple(expected.token_ids), "a swept answer is the library's answer"
-        assert row.flops == work.flops
+    with made(write_config(config), tmp_path / "made") as whole:
+        for work in whole.work:
+            row = rows_by_key[work.key]
+            cell = work.cell
+            expected = model.generate(whole.token_ids(work), cell.method, cell.task.max_new_tokens)
+            assert row.token_ids == tuple(expected.token_ids), "a swept answer is the library's answer"
+            assert row.flops == work.flops
     starts = provenance.read(out)
     assert [start["code"]["commit"] for start in starts] == ["c0ffee", None]
     assert {row.run for row in rows_by_key.values()} == {start["run"] for start in starts}
@@ -96,10 +98,11 @@ class FakeCluster:
     def __init__(self) -> None:
         self.setups: list[dict[str, Any]] = []
         self.engines: list[SweptEngine] = []
+        self.engine = SweptEngine
 
     async def start(self, config, count):
         setup = self.setups.pop(0) if self.setups else {}
-        engines = [SweptEngine(f"engine-{i}", **setup) for i in range(count)]
+        engines = [self.engine(f"engine-{i}", **setup) for i in range(count)]
         self.engines.extend(engines)
         return engines, fakes.info(config)
 
@@ -172,8 +175,83 @@ def test_a_sweep_in_goes_equals_one_at_once(fake_cluster, config, write_config, 
     tables = [list(csv.DictReader((tmp_path / name / "report.csv").open())) for name in ("once", "goes")]
     for table in tables:
         for line in table:
-            del line["ttft_median_s"], line["ttft_speedup_vs_dense"]
+            for time in [name for name in line if name.endswith("_s") or "_speedup_" in name]:
+                del line[time]
     assert tables[0] == tables[1]
+
+
+def test_how_a_start_ended_is_on_record(fake_cluster, config, write_config, capsys):
+    config["engine"] = {"count": 2}
+    fake_cluster.setups.append({"step_s": 0.002})
+    assert main(["--config", str(write_config(config))]) == 0
+    (start,) = provenance.read(Path(config["output"]))
+    end = start["end"]
+    assert (end["samples"], end["failed"]) == (24, 0)
+    assert end["samples_per_s"] == pytest.approx(24 / end["wall_s"], rel=0.01)
+    busy = [end["engines"][name]["utilisation"] for name in ("engine-0", "engine-1")]
+    assert all(0.5 < share <= 1 for share in busy)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "samples/s" in line)
+    assert f"busy: engine-0 {100 * busy[0]:.1f}%, engine-1 {100 * busy[1]:.1f}%" in line
+    assert start["chat_template"]
+    assert not list(Path(config["output"]).glob("*.bin"))
+
+
+def test_a_folder_of_another_version_is_refused(fake_cluster, config, write_config, capsys):
+    path, out = str(write_config(config)), Path(config["output"])
+    out.mkdir()
+    (out / "plan.json").write_text('{"schema": 1, "name": "old", "cells": [], "samples": []}')
+    assert main(["--config", path]) == 2
+    assert f"{out / 'plan.json'} must have schema 2, got 1; use it with" in capsys.readouterr().err
+    (out / "plan.json").unlink()
+    (out / "rows").mkdir()
+    (out / "rows" / "engine-0.jsonl").write_text('{"key": "x", "answer": "y"}\n')
+    assert main(["--config", path]) == 2
+    assert "must have the keys of schema 2, got other" in capsys.readouterr().err
+    assert fake_cluster.engines == []
+    assert not (out / "plan.jsonl").exists()
+
+
+@pytest.fixture
+def file_limit():
+    """Sets the size that files may have at most: the operating system then refuses as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("full", ["prompts.bin", "plan.jsonl", "rows/engine-0.jsonl"])
+def test_a_full_disk_is_one_error_and_the_same_command_goes_on(
+    full, fake_cluster, config, write_config, capsys, file_limit
+):
+    out = Path(config["output"])
+    if full == "prompts.bin":
+        config.update(methods=[{"name": "dense"}], samples=6)  # more in prompts than in the plan
+        file_limit(16_000)
+    elif full == "plan.jsonl":
+        file_limit(20_000)  # more than the prompts, less than the plan
+    else:
+
+        class Filling(SweptEngine):
+            async def run(self, request, until=None):
+                if len(self.requests) == 5:
+                    file_limit((out / full).stat().st_size + 300)
+                return await super().run(request, until)
+
+        fake_cluster.engine = Filling
+    path = str(write_config(config))
+    assert main(["--config", path]) == 1
+    file_limit(resource.RLIM_INFINITY)
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert f"error: results must be written to {out / full}, got File too large" in captured.err
+    assert "make room and run the same command again" in captured.err
+    kept = read_rows(out)
+    assert len(kept) == (5 if full.startswith("rows") else 0)
+    fake_cluster.engine = SweptEngine
+    assert main(["--config", path]) == 0
+    rows = read_rows(out)
+    assert {key: rows[key] for key in kept} == kept
+    assert len(rows) == 24
 
 
 def test_two_sweeps_do_not_write_to_one_folder(fake_cluster, config, write_config, capsys):
@@ -194,7 +272,7 @@ def test_more_engines_than_the_cluster_holds(config, write_config, monkeypatch, 
         "engine.count x tensor_parallel_size x num_threads must fit into the cluster's 2 CPU, got 4 CPU for 2"
     )
     assert message in capsys.readouterr().err
-    assert not (Path(config["output"]) / "plan.json").exists()
+    assert not (Path(config["output"]) / "plan.jsonl").exists()
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):

@@ -274,6 +274,23 @@ def test_generation_stops_and_reports():
     assert drawn[0] == drawn[1] != free.token_ids
 
 
+@pytest.mark.parametrize("layers_at_once", [1, 6])
+def test_scores_that_are_no_numbers_end_a_prefill_without_a_result(layers_at_once):
+    hf_model = transformers_model("llama")
+    model = spts_model(hf_model, first_layer=0)
+    with torch.no_grad():
+        hf_model.model.layers[3].self_attn.k_proj.weight.fill_(float("nan"))
+    schedule = Schedule(
+        num_layers=6, first_skip_layer=2, stages=(Stage(last_layer=4, active_tokens=20, keep_tokens=10),)
+    )
+    state = model.start_prefill(prompt(50), Spts(schedule=schedule))
+    while state.next_layer + layers_at_once < 6:
+        assert not model.advance(state, layers_at_once)
+    with pytest.raises(ModelError, match="scores_T must be numbers, got NaN"):
+        model.advance(state, layers_at_once)
+    assert state.result is None
+
+
 def test_the_models_own_end_token_stops():
     hf_model = transformers_model("llama")
     token_ids = prompt(50)

@@ -1,0 +1,138 @@
+"""The figure of one or more runs of jobs.latency: how much faster, and where the time goes.
+
+python -m jobs.latency_figure jobs/results/llama-3.1-8b-*.json --out jobs/results/llama-3.1-8b-h200.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spts.errors import ConfigError
+
+_INK, _FAINT, _GRID = "#39424e", "#7b8794", "#e6eaee"
+_LINES = {
+    "spts": ("SPTS", "#0072b2", "D"),
+    "pap+ltp": ("PAP + LTP", "#009e73", "s"),
+    "pap": ("PAP", "#b58900", "P"),
+    "transformers": ("transformers", "#d55e00", "^"),
+}
+# Kinds of operations from the bottom of a bar up; all that is not listed is summed as the last.
+_KINDS = {
+    "attention": ("attention", "#0072b2"),
+    "gate and up": ("FFN products", "#3f4a56"),
+    "down": ("FFN products", "#3f4a56"),
+    "q and o": ("q, k, v, o", "#7b8794"),
+    "k and v": ("q, k, v, o", "#7b8794"),
+    "norms": ("norms, rotation, gate", "#b58900"),
+    "rotation": ("norms, rotation, gate", "#b58900"),
+    "gated product": ("norms, rotation, gate", "#b58900"),
+    "probe": ("choosing tokens", "#d55e00"),
+    "proxy": ("choosing tokens", "#d55e00"),
+    "select": ("choosing tokens", "#d55e00"),
+    "gather": ("choosing tokens", "#d55e00"),
+    "scatter": ("choosing tokens", "#d55e00"),
+}
+_REST = ("all else", "#c5ccd3")
+
+
+def draw(reports: Sequence[Mapping[str, Any]], path: Path, *, length: int) -> None:
+    """Writes the figure: speed-up over the fastest dense by prompt length, beside the FLOP ratio; the time of
+    one prefill of `length` tokens by kind of operation.
+
+    Raises ConfigError when no report has parts for that length.
+    """
+    from matplotlib.figure import Figure
+
+    rows = sorted((row for each in reports for row in each["rows"]), key=lambda row: row["length_tokens"])
+    parts = [part for each in reports for part in each["parts"] if part["length_tokens"] == length]
+    if not parts:
+        raise ConfigError(
+            f"length must be one that was run with --parts, got {length}; choose another", field="length"
+        )
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for method, (label, colour, marker) in _LINES.items():
+        own = [row for row in rows if row["method"] == method]
+        lengths = [row["length_tokens"] / 1024 for row in own]
+        left.plot(
+            lengths,
+            [row["speedup_vs_fastest_dense_ratio"] for row in own],
+            color=colour,
+            marker=marker,
+            label=label,
+        )
+        if method == "spts":
+            ideal = [row["predicted_speedup_ratio"] for row in own]
+            left.plot(lengths, ideal, color=colour, linestyle=":", label="SPTS, FLOP ratio")
+            for row, x in zip(own, lengths, strict=True):
+                ratio = row["speedup_vs_fastest_dense_ratio"]
+                left.annotate(f"{ratio:.2f}×", (x, ratio), (0, 8), textcoords="offset points", ha="center")
+    left.axhline(1.0, color=_FAINT, linewidth=1)
+    left.set_xscale("log", base=2)
+    ticks = sorted({row["length_tokens"] for row in rows})
+    left.set_xticks([tick / 1024 for tick in ticks], [f"{tick // 1024}K" for tick in ticks])
+    left.set(xlabel="prompt, tokens", ylabel="time to first token, × as fast as dense", ylim=(0, None))
+    left.set_title("Speed-up over the fastest dense", loc="left", fontsize=10)
+    left.legend(frameon=False, loc="upper left")
+
+    for place, method in enumerate(("dense", "spts")):
+        spent: dict[tuple[str, str], float] = {}
+        for part in parts:
+            if part["method"] == method:
+                kind = _KINDS.get(part["part"], _REST)
+                spent[kind] = spent.get(kind, 0.0) + part["seconds"] * 1e3
+        bottom = 0.0
+        for kind in dict.fromkeys((*_KINDS.values(), _REST)):
+            height = spent.get(kind, 0.0)
+            right.bar(place, height, 0.6, bottom=bottom, color=kind[1], label=kind[0] if not place else None)
+            bottom += height
+        right.annotate(f"{bottom:,.0f} ms", (place, bottom), (0, 4), textcoords="offset points", ha="center")
+    right.set_xticks([0, 1], ["dense", "SPTS"])
+    right.set(ylabel="ms", xlim=(-0.5, 2.4))
+    right.set_title(f"One prefill of {length // 1024}K tokens", loc="left", fontsize=10)
+    handles, labels = right.get_legend_handles_labels()
+    right.legend(handles[::-1], labels[::-1], frameon=False, loc="upper right")
+    for axes in (left, right):
+        axes.grid(axis="y", color=_GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_INK)
+    about = reports[0]
+    figure.suptitle(f"{about['model'].split(':')[0]}; {about['hardware'].split(',')[0]}", fontsize=10)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 for a file that is not there or is no report."""
+    args = argparse.ArgumentParser(prog="python -m jobs.latency_figure", description=__doc__.split("\n")[0])
+    args.add_argument("reports", type=Path, nargs="+", help="files that jobs.latency --out wrote")
+    args.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    args.add_argument("--length", type=int, default=32768, help="the prompt whose parts are drawn")
+    chosen = args.parse_args(argv)
+    try:
+        draw([_read(path) for path in chosen.reports], chosen.out, length=chosen.length)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        report["rows"], report["parts"], report["model"], report["hardware"]  # are they there?
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"reports must be files of jobs.latency --out, got {path} ({error!r}); choose others",
+            field="reports",
+        ) from None
+    return dict(report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

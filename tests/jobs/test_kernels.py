@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+
+from jobs import arena, kernels
+from spts.cost import ModelShape
+from spts.kernels import dispatch
+
+TINY = ModelShape(
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=101,
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there under Triton's interpreter: tests/conftest.py
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    monkeypatch.setattr(arena, "SHAPES", {**arena.SHAPES, "tiny": TINY})
+
+
+def run(*more: str) -> int:
+    return kernels.main(["--shape", "tiny", "--device", DEVICE, "--repeats", "2", "--eager-only", *more])
+
+
+def test_every_kernel_is_checked_and_timed(capsys):
+    assert run("--tokens", "70", "40", "--active", "30", "7") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    timed = {row["operation"] for row in report["rows"]}
+    assert timed == {"rms_norm", "rotate_in_place", "gated_product", "add_rows_in_place", "top_rows"}
+    assert all(row["kernel_s"] > 0 and row["eager_s"] > 0 for row in report["rows"])
+    sizes = [row["size"] for row in report["rows"] if row["operation"] == "top_rows"]
+    assert sizes == ["T70-M30", "T40-M7"]
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
+    right = dispatch.kernel
+
+    def wrong(name):
+        return (lambda x, weight, eps: 1.1 * x) if name == "rms_norm" else right(name)
+
+    monkeypatch.setattr(dispatch, "kernel", wrong)
+    assert run("--tokens", "70", "--active", "30") == 1
+    assert "the kernel must equal the reference of rms_norm at T70-D64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tokens", "70", "80", "--active", "30"], "active must have one number for each of tokens"),
+        (["--tokens", "70", "--active", "71"], "active must be at most the 70 tokens, got 71"),
+        (["--tokens", "70", "--active", "0"], "active must be an integer of at least 1"),
+        (["--repeats", "0"], "repeats must be an integer of at least 1"),
+        (["--shape", "no-such"], "shape must be one of"),
+    ],
+)
+def test_bad_input_is_refused(args, message, capsys):
+    assert run(*args) == 2
+    assert message in capsys.readouterr().err

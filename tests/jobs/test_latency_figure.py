@@ -1,0 +1,47 @@
+import json
+
+import pytest
+
+from jobs import latency_figure
+
+
+def report(*, length: int, parts: bool) -> dict:
+    rows = [
+        {
+            "method": method,
+            "length_tokens": length,
+            "speedup_vs_fastest_dense_ratio": ratio,
+            "predicted_speedup_ratio": ratio,
+        }
+        for method, ratio in (("dense", 1.0), ("spts", 2.5), ("transformers", 0.9))
+    ]
+    spent = [
+        {"method": method, "length_tokens": length, "layers": "0-3", "part": part, "seconds": 0.2, "calls": 4}
+        for method in ("dense", "spts")
+        for part in ("attention", "norms", "other")
+    ]
+    return {"model": "a: b", "hardware": "c, d", "rows": rows, "parts": spent if parts else []}
+
+
+def test_runs_of_several_lengths_become_one_png(tmp_path):
+    files = [tmp_path / "short.json", tmp_path / "long.json"]
+    files[0].write_text(json.dumps(report(length=4096, parts=True)))
+    files[1].write_text(json.dumps(report(length=131072, parts=False)))
+    out = tmp_path / "figure.png"
+    assert latency_figure.main([*map(str, files), "--out", str(out), "--length", "4096"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": []}'])
+def test_what_is_no_report_is_refused_by_name(tmp_path, text, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert latency_figure.main([str(path), "--out", str(tmp_path / "x.png")]) == 2
+    assert f"reports must be files of jobs.latency --out, got {path}" in capsys.readouterr().err
+
+
+def test_a_length_without_parts_is_refused(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report(length=4096, parts=False)))
+    assert latency_figure.main([str(path), "--out", str(tmp_path / "x.png"), "--length", "4096"]) == 2
+    assert "length must be one that was run with --parts, got 4096" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""Compiles every Triton kernel for GPUs that need not be there and prints what each takes, as JSON.
+
+    python -m tests.spts.compiled
+
+Run in a process of its own, without TRITON_INTERPRET. At the sizes of LLaMA-3.1-8B in bfloat16: {"kernel
+sm_90": {"registers": per thread, "spilled_bytes": per thread, "shared_bytes": per program, "threads": …}}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spts.kernels.add_rows_in_place import _add_rows
+from spts.kernels.gated_product import _gated_product
+from spts.kernels.rms_norm import _rms_norm
+from spts.kernels.rotate_in_place import _rotate
+from spts.kernels.top_rows import _top_rows
+
+CAPABILITIES = (80, 90)
+HALF, FLOAT, INDEX, BYTE = "*bf16", "*fp32", "*i64", "*u8"
+
+# kernel -> types of its arguments in order (a plain value is a constant), and the launch options
+LAUNCHES: list[tuple[Any, list[Any], dict[str, int]]] = [
+    (_rms_norm, [HALF, HALF, HALF, "i32", "fp32", "i32", 4096], {"num_warps": 8}),
+    (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
+    (_gated_product, [HALF, HALF, "i32", "i32", "i32", "i32", 2048], {"num_warps": 8}),
+    (_add_rows, [HALF, INDEX, HALF, "i32", "i32", "i32", 4096], {"num_warps": 8}),
+    (_top_rows, [FLOAT, INDEX, BYTE, "i32", "i32", "i32", 8192], {"num_warps": 16}),
+]
+
+
+def compile_for(capability: int, kernel: Any, types: list[Any], options: dict[str, int]) -> dict[str, int]:
+    """The resources of one kernel on GPUs of one compute capability (80 = A100, 90 = H100 and H200)."""
+    names = list(kernel.arg_names)
+    assert len(names) == len(types), (kernel.__name__, names)
+    constants = set(kernel.constexprs)
+    signature = {
+        name: "constexpr" if index in constants else kind
+        for index, (name, kind) in enumerate(zip(names, types, strict=True))
+    }
+    # What a launch with torch's own memory promises: addresses divisible by 16.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, kind in enumerate(types)
+        if isinstance(kind, str) and (kind.startswith("*") or kind == "i32") and index not in constants
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(index,): types[index] for index in constants},
+        attrs=aligned,
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return {
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": built.metadata.shared,
+        "threads": 32 * options["num_warps"],
+    }
+
+
+def main() -> None:
+    """Prints the report."""
+    report = {
+        f"{kernel.__name__.strip('_')} sm_{capability}": compile_for(capability, kernel, types, options)
+        for kernel, types, options in LAUNCHES
+        for capability in CAPABILITIES
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

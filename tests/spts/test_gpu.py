@@ -1,0 +1,73 @@
+"""The whole model on a GPU: equal to the CPU, and no layer waits for the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spts.methods import Dense, Method, Random, Recency, Spts
+from spts.model import SptsModel
+from spts.schedule import Schedule, Stage
+from tests.spts.tiny import FINGERPRINT, ample_schedule, prompt, spts_model, transformers_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SCHEDULE = Schedule(
+    num_layers=6,
+    first_skip_layer=1,
+    stages=(
+        Stage(last_layer=2, active_tokens=150, keep_tokens=120),
+        Stage(last_layer=4, active_tokens=60, keep_tokens=40),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[SptsModel, SptsModel]:
+    """The same model on the CPU and on the GPU, with the same proxies."""
+    hf_model = transformers_model("llama")
+    here = spts_model(hf_model, first_layer=0)
+    there = transformers_model("llama")
+    there.load_state_dict(hf_model.state_dict())
+    return here, SptsModel(there.cuda(), fingerprint=FINGERPRINT, proxies=here.proxies)
+
+
+@pytest.mark.parametrize("method", [Dense(), Spts(schedule=ample_schedule(6, 300))], ids=["dense", "full"])
+def test_a_gpu_answers_as_the_cpu(models, method):
+    here, there = models
+    token_ids = prompt(300)
+    expected, found = (model.prefill(token_ids, method, max_new_tokens=3) for model in models)
+    torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-3)
+    for token in (5, 6, 7):
+        logits_BV = [
+            model.decode_step(torch.tensor([token]), [prefill.cache]).cpu()
+            for model, prefill in ((here, expected), (there, found))
+        ]
+        torch.testing.assert_close(logits_BV[1], logits_BV[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "method", [Spts(schedule=SCHEDULE), Recency(schedule=SCHEDULE)], ids=["spts", "recency"]
+)
+def test_no_layer_waits_for_the_host(models, method):
+    _, there = models
+    there.prefill(prompt(300), method)  # what is compiled at first use is compiled
+    state = there.start_prefill(prompt(300), method)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there.advance(state, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert there.advance(state, 1)
+
+
+def test_a_gpu_chooses_as_the_cpu_where_rounding_has_no_say(models):
+    token_ids = prompt(300)
+    methods: list[Method] = [Recency(schedule=SCHEDULE), Random(schedule=SCHEDULE)]
+    for method in methods:
+        expected, found = (model.prefill(token_ids, method, trace=True) for model in models)
+        assert expected.trace is not None and found.trace is not None
+        for a, b in zip(expected.trace, found.trace, strict=True):
+            assert torch.equal(a.attention_tokens, b.attention_tokens)
+            assert torch.equal(a.ffn_tokens, b.ffn_tokens)
+        torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-3)

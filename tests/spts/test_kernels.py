@@ -1,0 +1,291 @@
+"""The kernels against their references and against float64: on a GPU when there is one, else under Triton's
+interpreter (TRITON_INTERPRET, set by tests/conftest.py, which also fills fresh memory with NaN)."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from spts.kernels import checks, dispatch, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+KERNELS = (
+    "rms_norm",
+    "rotate_in_place",
+    "top_rows",
+    "add_rows_in_place",
+    "gated_product",
+    "causal_attention",
+    "single_query_attention",
+)
+# Relative error by dtype, ‖out - exact‖ / ‖exact‖: the one table for all kernels.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SILU = ACT2FN["silu"]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(device=DEVICE, dtype=dtype)
+
+
+def close(out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert out.shape == exact.shape
+    exact = exact.double()
+    error = float(torch.linalg.vector_norm(out.double() - exact) / torch.linalg.vector_norm(exact))
+    assert error <= TOLERANCE[dtype], error
+
+
+def test_every_kernel_has_its_references_name_and_signature():
+    for name in KERNELS:
+        launcher, plain = dispatch.kernel(name), getattr(reference, name)
+        assert inspect.signature(launcher) == inspect.signature(plain), name
+
+
+def test_only_tensors_on_a_gpu_reach_a_kernel(monkeypatch):
+    def fail(name: str) -> Any:
+        raise AssertionError(f"{name} was looked up")
+
+    monkeypatch.setattr(dispatch, "kernel", fail)
+    x_TD = torch.randn(3, 8)
+    assert torch.equal(
+        dispatch.rms_norm(x_TD, torch.ones(8), 0.0), reference.rms_norm(x_TD, torch.ones(8), 0.0)
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(1, 8), (63, 48), (5, 500), (3, 4096)], ids=str)
+def test_rms_norm(size, dtype):
+    x_TD, weight_D = draw(*size, dtype=dtype) * 3, draw(size[1], dtype=dtype)
+    exact = F.rms_norm(x_TD.double(), (size[1],), weight_D.double(), 1e-5)
+    close(dispatch.kernel("rms_norm")(x_TD, weight_D, 1e-5), exact, dtype)
+    own = LlamaRMSNorm(size[1], eps=1e-5).to(device=DEVICE, dtype=dtype)
+    own.weight.data.copy_(weight_D)
+    torch.testing.assert_close(reference.rms_norm(x_TD, weight_D, 1e-5), own(x_TD), rtol=0, atol=0)
+
+
+def test_rms_norm_of_rows_with_gaps_between_them():
+    whole = draw(7, 100)
+    x_TD = whole[:, 3:51]
+    exact = F.rms_norm(x_TD.double(), (48,), None, 1e-5)
+    close(dispatch.kernel("rms_norm")(x_TD, torch.ones(48, device=DEVICE), 1e-5), exact, torch.float32)
+
+
+def test_rms_norm_worked_example():
+    out = reference.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 0.0)
+    torch.testing.assert_close(out, torch.tensor([[3 / math.sqrt(12.5), 8 / math.sqrt(12.5)]]))
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(1, 1, 2), (63, 3, 16), (50, 8, 80), (33, 32, 128)], ids=str)
+def test_rotate_in_place(size, dtype):
+    tokens, _, head_dim = size
+    x_THd, angles = draw(*size, dtype=dtype), draw(tokens, head_dim // 2) * 100
+    angles = torch.cat((angles, angles), dim=-1)
+    cos_Td, sin_Td = angles.cos().to(dtype), angles.sin().to(dtype)
+    exact, _ = apply_rotary_pos_emb(
+        x_THd.double()[None],
+        x_THd.double()[None],
+        cos_Td.double()[None],
+        sin_Td.double()[None],
+        unsqueeze_dim=2,
+    )
+    turned = dispatch.kernel("rotate_in_place")(x_THd, cos_Td, sin_Td)
+    assert turned is x_THd
+    close(turned, exact[0], dtype)
+
+
+def test_rotate_in_place_leaves_the_gaps_between_heads_alone():
+    whole = draw(9, 4, 40)
+    before = whole.clone()
+    angles = draw(9, 16)
+    dispatch.kernel("rotate_in_place")(whole[:, 1:3, 8:24], angles.cos(), angles.sin())
+    expected = reference.rotate_in_place(before[:, 1:3, 8:24].clone(), angles.cos(), angles.sin())
+    torch.testing.assert_close(whole[:, 1:3, 8:24], expected)
+    whole[:, 1:3, 8:24] = before[:, 1:3, 8:24]
+    assert torch.equal(whole, before)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(1, 1), (63, 80), (5, 5000)], ids=str)
+def test_gated_product(size, dtype):
+    gate_MF, up_MF = draw(*size, dtype=dtype), draw(*size, dtype=dtype)
+    exact = F.silu(gate_MF.double()) * up_MF.double()
+    out = dispatch.kernel("gated_product")(gate_MF, up_MF, SILU)
+    assert out is gate_MF
+    close(out, exact, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(1, 1, 1), (500, 63, 48), (100, 100, 5000)], ids=str)
+def test_add_rows_in_place(size, dtype):
+    rows, chosen, width = size
+    x_TD, delta_MD = draw(rows, width, dtype=dtype), draw(chosen, width, dtype=dtype)
+    index_M = torch.randperm(rows)[:chosen].sort().values.to(DEVICE)
+    expected = reference.add_rows_in_place(x_TD.cpu(), index_M.cpu(), delta_MD.cpu())
+    out = dispatch.kernel("add_rows_in_place")(x_TD, index_M, delta_MD)
+    assert out is x_TD
+    assert torch.equal(out.cpu(), expected)
+
+
+def flag() -> Tensor:
+    return torch.zeros((), dtype=torch.bool, device=DEVICE)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 500])
+@pytest.mark.parametrize("values", ["spread", "tied", "softmax"])
+def test_top_rows(tokens, values):
+    scores_T = {
+        "spread": torch.randn(tokens),
+        "tied": torch.tensor([-math.inf, -1.0, -0.0, 0.0, 0.25, 0.5, math.inf])[torch.randint(7, (tokens,))],
+        "softmax": (4 * torch.randn(tokens)).softmax(0),
+    }[values].to(DEVICE)
+    some = tokens // 3 or 1
+    for num_kept, num_recent in {(1, 1), (some, 1), (some, some // 2 or 1), (some, some), (tokens, 1)}:
+        has_nan = flag()
+        kept_M = dispatch.kernel("top_rows")(scores_T, num_kept, num_recent, has_nan)
+        expected = reference.top_rows(scores_T, num_kept, num_recent, flag())
+        assert kept_M.tolist() == expected.tolist()
+        assert kept_M.dtype == torch.int64
+        assert not has_nan
+
+
+def test_top_rows_over_several_blocks(monkeypatch):
+    monkeypatch.setattr("spts.kernels.top_rows._BLOCK_T", 64)
+    scores_T = torch.randint(0, 30, (300,), device=DEVICE) / 7.0
+    for num_kept, num_recent in ((90, 1), (150, 100), (300, 70)):
+        kept_M = dispatch.kernel("top_rows")(scores_T, num_kept, num_recent, flag())
+        assert torch.equal(kept_M, reference.top_rows(scores_T, num_kept, num_recent, flag()))
+
+
+def test_top_rows_of_more_than_one_program_is_fast_for(monkeypatch):
+    scores_T, expected = torch.randn(70, device=DEVICE), []
+
+    def sort(*args: Any) -> Tensor:
+        expected.append(scores_T)
+        return scores_T
+
+    monkeypatch.setattr("spts.kernels.top_rows._MOST", 69)
+    monkeypatch.setattr(reference, "top_rows", sort)
+    assert dispatch.kernel("top_rows")(scores_T, 7, 2, flag()) is scores_T
+    assert len(expected) == 1
+
+
+@pytest.mark.parametrize("where", [0, 31, 62])
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_top_rows_notices_nan_and_never_forgets_it(where, nan):
+    scores_T, has_nan = torch.rand(63, device=DEVICE), flag()
+    scores_T[where] = nan
+    kept_M = dispatch.kernel("top_rows")(scores_T, 7, 2, has_nan)
+    assert bool(has_nan)
+    assert len(set(kept_M.tolist())) == 7
+    assert int(kept_M.min()) >= 0 and int(kept_M.max()) < 63
+    dispatch.kernel("top_rows")(torch.rand(63, device=DEVICE), 7, 2, has_nan)
+    assert bool(has_nan)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 256, 300])
+def test_causal_attention_at_lengths_that_are_rounded_up(tokens):
+    q_MHd, k_MKd, v_MKd = draw(tokens, 6, 16), draw(tokens, 2, 16), draw(tokens, 2, 16)
+    out = dispatch.kernel("causal_attention")(q_MHd, k_MKd, v_MKd, 0.3)
+    exact = reference.causal_attention(q_MHd.double(), k_MKd.double(), v_MKd.double(), 0.3)
+    close(out, exact, torch.float32)
+
+
+def test_causal_attention_meets_few_lengths(monkeypatch):
+    seen = set()
+
+    def attend(q_MHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, scale: float) -> Tensor:
+        seen.add((q_MHd.shape[0], k_MKd.shape[0], v_MKd.shape[0]))
+        return q_MHd
+
+    monkeypatch.setattr(reference, "causal_attention", attend)
+    for tokens in (1, 200, 256, 257, 511, 512):
+        heads = draw(tokens, 1, 2)
+        assert dispatch.kernel("causal_attention")(heads, heads, heads, 1.0).shape == heads.shape
+    assert seen == {(256, 256, 256), (512, 512, 512)}
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 500])
+def test_single_query_attention(tokens):
+    q_Hd, k_LKd, v_LKd = draw(6, 16), draw(tokens, 2, 16), draw(tokens, 2, 16)
+    keys_LHd, values_LHd = (each.double().repeat_interleave(3, dim=1) for each in (k_LKd, v_LKd))
+    weights_HL = torch.einsum("hd,lhd->hl", q_Hd.double(), keys_LHd).mul(0.3).softmax(-1)
+    out_Hd = dispatch.kernel("single_query_attention")(q_Hd, k_LKd, v_LKd, 0.3)
+    close(out_Hd, torch.einsum("hl,lhd->hd", weights_HL, values_LHd), torch.float32)
+
+
+def norm_call(**other: Any) -> Any:
+    return lambda: dispatch.kernel("rms_norm")(other.get("x", draw(5, 8)), other.get("weight", draw(8)), 1e-5)
+
+
+def add_call(x: Tensor, index: Tensor, delta: Tensor) -> Any:
+    return lambda: dispatch.kernel("add_rows_in_place")(x, index.to(DEVICE), delta)
+
+
+REFUSED = {
+    "shape": (norm_call(weight=draw(9)), r"weight_D must have the shape \(8,\), got \(9,\)"),
+    "dtype": (norm_call(weight=draw(8).bfloat16()), "weight_D must be of torch.float32, got torch.bfloat16"),
+    "integers": (norm_call(x=draw(5, 8).int()), "x_TD must be of torch.bfloat16 or .* got torch.int32"),
+    "stride": (norm_call(x=draw(8, 5).t()), "x_TD must have a last dimension without gaps, got strides"),
+    "device": (norm_call(weight=torch.empty(8, device="meta")), "weight_D must be on .* got meta"),
+    "odd head": (
+        lambda: dispatch.kernel("rotate_in_place")(draw(2, 1, 3), draw(2, 3), draw(2, 3)),
+        "x_THd must have heads of even size, got 3",
+    ),
+    "angles": (
+        lambda: dispatch.kernel("rotate_in_place")(draw(2, 1, 4), draw(3, 4), draw(2, 4)),
+        r"cos_Td must have the shape \(2, 4\), got \(3, 4\)",
+    ),
+    "gaps": (
+        lambda: dispatch.kernel("gated_product")(draw(4, 6), draw(6, 4).t(), SILU),
+        "up_MF must have a last dimension without gaps",
+    ),
+    "index dtype": (
+        add_call(draw(3, 4), torch.tensor([0, 2], dtype=torch.int32), draw(2, 4)),
+        "index_M must be of torch.int64, got torch.int32",
+    ),
+    "too many rows": (
+        add_call(draw(1, 4), torch.tensor([0, 0]), draw(2, 4)),
+        "index_M must choose at most the 1 rows there are, got 2",
+    ),
+    "M > T": (
+        lambda: dispatch.kernel("top_rows")(draw(3), 4, 1, flag()),
+        "num_recent, num_kept and the candidates must ascend from 1 .* got 1, 4 and 3",
+    ),
+    "no candidates": (lambda: dispatch.kernel("top_rows")(draw(0), 0, 0, flag()), "must ascend from 1"),
+    "half scores": (
+        lambda: dispatch.kernel("top_rows")(draw(3).bfloat16(), 1, 1, flag()),
+        "scores_T must be of torch.float32, got torch.bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_do_not_fit_are_refused_by_name(name):
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_what_a_kernel_does_not_know_runs_the_reference_and_says_so_once():
+    checks.warn_reference.cache_clear()
+    gate_MF, up_MF = draw(4, 6), draw(4, 6)
+    expected = reference.gated_product(gate_MF.clone(), up_MF, F.gelu)
+    out = []
+    with pytest.warns(UserWarning, match="gated_product runs without its kernel") as warned:
+        out += [dispatch.kernel("gated_product")(gate_MF.clone(), up_MF, F.gelu) for _ in range(2)]
+    assert len(warned) == 1
+    assert all(torch.equal(each, expected) for each in out)
+    x_TD = draw(2, 40_000)
+    with pytest.warns(UserWarning, match="rms_norm runs without its kernel: rows of 40000"):
+        wide = dispatch.kernel("rms_norm")(x_TD, torch.ones(40_000, device=DEVICE), 1e-5)
+    close(wide, F.rms_norm(x_TD.double(), (40_000,), None, 1e-5), torch.float32)
