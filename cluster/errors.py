@@ -74,7 +74,13 @@ def _renamed(kind: str, message: str, param: str | None) -> ApiError:
 def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
     """The JSON of an error, in a response's body or in a data chunk of a stream."""
     row = HTTP_ERRORS[error.kind]
-    return {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
+    param = None if error.param is None else _cut(error.param)
+    return {"error": {"message": _cut(error.message), "type": row.type, "param": param, "code": row.code}}
+
+
+def _cut(text: str) -> str:
+    """`text`, or its beginning and end: messages quote what the client sent, and that may be megabytes."""
+    return text if len(text) <= 1000 else f"{text[:800]} … {text[-200:]}"
 
 
 def error_response(error: ApiError) -> Response:
