@@ -1,5 +1,5 @@
-"""Whatever a client may send that cannot be answered: refused by name, in one shape, before any compute. Never a
-500, never a hang, never another request's loss."""
+"""Whatever a client may send that cannot be answered: refused by name, in one shape, before any compute;
+never a 500, never a hang, never another request's loss."""
 
 from __future__ import annotations
 

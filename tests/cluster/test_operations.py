@@ -113,7 +113,7 @@ def test_a_client_that_leaves_frees_its_memory_within_a_second(http, demo_url, s
 
 
 def test_200_clients_that_leave_at_random_leave_nothing(http, demo_url):
-    """Whole and streamed, short and long, dense and skipping, in the queue, in the prefill and in the answer."""
+    """Whole and streamed, dense and skipping, of any length; in the queue, the prefill and the answer."""
     draw = random.Random(0)
 
     async def ask(client: httpx.AsyncClient) -> str:
