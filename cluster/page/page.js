@@ -121,7 +121,7 @@ async function answerOn(side, method, content, maxTokens) {
     box.className = "answer empty";
     box.textContent = "The model ended its answer without a word.";
   }
-  side.querySelector("figure").hidden = false;
+  side.querySelector("figure").hidden = $("legend").hidden = false;
   const shown = { activity: usage.spts.activity, promptTokens: usage.prompt_tokens, text: content, marks: places(text, content) };
   pictures.set(side, () => picture(side, shown));
   pictures.get(side)();
@@ -140,7 +140,8 @@ function measure(title, values, say) {
   const bars = ["dense", "spts"].map((name, i) => {
     const bar = element("i", "");
     bar.style.width = `${100 * values[i] / Math.max(...values)}%`;
-    return element("div", `bar ${name}`, element("span", "", bar), element("b", "", say(values[i])));
+    const whose = element("small", "", $(name).querySelector("h2").firstChild.textContent);
+    return element("div", `bar ${name}`, whose, element("span", "", bar), element("b", "", say(values[i])));
   });
   return element("div", "measure", element("h3", "", title), ...bars);
 }
@@ -188,7 +189,7 @@ function example() {
 function size(tokens) {
   const length = $("document").value.length;
   $("size").textContent = length ? `${length.toLocaleString("en")} characters` : "";
-  if (tokens) $("size").textContent += `, ${tokens.toLocaleString("en")} tokens with the question`;
+  if (tokens) $("size").textContent += `, ${tokens.toLocaleString("en")} tokens to read`;
 }
 
 $("ask").onsubmit = async (event) => {
@@ -198,7 +199,7 @@ $("ask").onsubmit = async (event) => {
   const [text, question] = [$("document").value, $("question").value.trim()];
   if (!question) return problem("Write a question first.");
   $("run").disabled = true;
-  $("verdict").hidden = true;
+  $("verdict").hidden = $("legend").hidden = true;
   pictures.clear();
   for (const side of document.querySelectorAll(".side")) {
     side.querySelector("figure").hidden = true;

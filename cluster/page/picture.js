@@ -20,7 +20,7 @@ function picture(side, { activity, promptTokens, text, marks }) {
   rows.forEach((row, layer) => row.forEach((percent, bin) => {
     // Whole device pixels: columns that overlapped or left a gap would show as stripes.
     const [from, to] = [bin, bin + 1].map((edge) => Math.round((LEFT + edge * cell[0]) * scale) / scale);
-    pen.globalAlpha = 0.06 + 0.94 * percent / 100;
+    pen.globalAlpha = 0.06 + 0.94 * (percent / 100) ** 0.75; // a few tokens of a part are seen too
     pen.fillRect(from, layer * cell[1], to - from, cell[1] - 1);
   }));
   pen.globalAlpha = 1;
@@ -60,9 +60,7 @@ function picture(side, { activity, promptTokens, text, marks }) {
 
   const caption = figure.querySelector("figcaption");
   canvas.onpointerleave = () => {
-    const found = marks.length ? " ▲ marks where the answer stands in the document." : "";
-    caption.textContent = "From left to right the document, from top to bottom the model's layers. Full colour: computed; " +
-      `pale: skipped; on the right, how much was computed.${found} Point at a place to read it.`;
+    caption.textContent = "Point at a place to read it.";
   };
   canvas.onpointerleave();
   canvas.onpointermove = (event) => {

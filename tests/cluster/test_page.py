@@ -98,11 +98,12 @@ class TestInABrowser:
         noun = tab.value(r"$('question').value.match(/code of (\w+)/)[1]")
         code = re.search(rf"The code of {noun} is (\w+)\.", tab.value("$('document').value"))
         assert code is not None
+        [place] = tab.value(f"places('{code[1]}', $('document').value)")
+        assert 0 <= place < 1
         for side in ("dense", "spts"):
             assert tab.value(f"document.querySelector('#{side} .answer').textContent").strip() == code[1]
             label = tab.value(f"document.querySelector('#{side} canvas').ariaLabel")
             assert label.split(": ")[1].startswith("100, 100, 100, 100, ")
-            assert "▲ marks where the answer stands" in tab.value(f"$('{side}').textContent")
             first, last = tab.value(STRENGTHS.replace("SIDE", side))
             assert first == 255, "every token runs the first layer"
             assert last == 255 if side == "dense" else 15 < last < 80, "and few the last one, with SPTS"
