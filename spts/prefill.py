@@ -104,7 +104,7 @@ class Walker:
         """
         spent = 0
         while state.next_layer < len(self._layers):
-            left, begun, layer = None if flops is None else flops - spent, spent > 0, state.next_layer
+            left, begun, layer = None if flops is None else max(0, flops - spent), spent > 0, state.next_layer
             run = self._dense if state.dense_next else self._skip
             cost = run(state, left, begun)
             if cost == 0:
