@@ -34,14 +34,20 @@ class EngineConfig(Strict):
 
     model: folder (relative ones are looked for in the working directory, then beside the packages) or hub id.
     proxies: folder of fitted proxies; None = the model folder's own. max_model_len: prompt plus new tokens;
-    None = the model's. num_threads: CPU threads per rank. max_running, max_waiting, layers_per_step: see
-    `cluster.scheduler.Scheduler`. start_timeout_s: to load the model. step_timeout_s: a step that takes
-    longer means a rank hangs, and the group restarts. max_restarts: failed starts in a row after which the
-    engine gives up.
+    None = the model's. num_threads: CPU threads per rank. max_running, max_waiting, max_waiting_tokens: see
+    `cluster.scheduler.Scheduler`. slice_tokens: between two tokens of a running stream at most as much of a
+    prompt is computed as a dense prefill of so many tokens costs, however long the prompt; a layer that skips
+    tokens is never divided (`spts.prefill`). null = a prefill is never sliced.
+    kv_cache_bytes: memory on each rank for what requests hold while they are computed and for what is kept of
+    prompts; null = 90 % of what a GPU has free once the model is loaded, and a fifth of what memory a CPU
+    machine has free, shared by the ranks. One dense request of max_model_len must fit.
+    prefix_cache_bytes: of these, the most that is kept of prompts for others that begin alike, the least
+    recently used dropped first, and earlier when requests need the room; `spts.cost.prefix_bytes` says what a
+    prompt takes, and one that takes more is not kept. 0 = nothing is kept.
+    start_timeout_s: to load the model. step_timeout_s: a step that takes longer means a rank hangs, and the
+    group restarts. max_restarts: failed starts in a row after which the engine gives up.
     heartbeat_timeout_s: a step that takes longer makes the engine not ready until it ends; when it has not
     ended step_timeout_s later either, the engine is unhealthy and Serve replaces it.
-    prefix_cache_bytes: device memory on each rank for what prompts that begin alike share, the least recently
-    used dropped first; `spts.cost.prefix_bytes` says what one takes, and a larger one is not kept. 0 = none.
     reference_cache_bytes: host memory for the dense distributions that followed requests are compared with,
     the least recently used dropped first. With 128,000 tokens in the vocabulary one followed token takes 512
     KB, so the default holds 1,048 of them; 0 = computed anew for every request.
@@ -56,7 +62,9 @@ class EngineConfig(Strict):
     num_threads: int = Field(default=1, ge=1)
     max_running: int = Field(default=8, ge=1)
     max_waiting: int = Field(default=64, ge=0)
-    layers_per_step: int = Field(default=4, ge=1)
+    max_waiting_tokens: int = Field(default=2**20, ge=1)
+    slice_tokens: int | None = Field(default=1024, ge=64)
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
     start_timeout_s: float = Field(default=600.0, gt=0)
     step_timeout_s: float = Field(default=300.0, gt=0)
     max_restarts: int = Field(default=3, ge=0)

@@ -53,10 +53,13 @@ API_NAMES = {
 
 class ApiError(Exception):
     """A fault found in the router. kind: a key of HTTP_ERRORS. param: the request's field, if one is at
-    fault."""
+    fault. retry_after_s: in place of the row's."""
 
-    def __init__(self, kind: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, kind: str, message: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
+        self.retry_after_s = retry_after_s
         self.kind = kind
         self.message = message
         self.param = param
@@ -68,7 +71,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineError) and error.kind != "internal":
-        return _renamed(error.kind, error.message, error.param)
+        renamed = _renamed(error.kind, error.message, error.param)
+        renamed.retry_after_s = error.retry_after_s
+        return renamed
     if isinstance(error, SptsError):
         return _renamed("invalid_request", str(error), error.field)
     return ApiError("internal", f"internal error; quote request id {request_id} to the operator")
@@ -97,7 +102,8 @@ def _cut(text: str) -> str:
 def error_response(error: ApiError) -> Response:
     """The answer to a request that failed before anything was sent."""
     row = HTTP_ERRORS[error.kind]
-    headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
+    retry_after_s = row.retry_after_s if error.retry_after_s is None else error.retry_after_s
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     if row.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), row.status, headers)

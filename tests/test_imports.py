@@ -21,6 +21,7 @@ PURE = (
     "spts.errors",
     "spts.schedule",
     "spts.cost",
+    "spts.memory",
     "spts.methods",
     "spts.sampling",
 )  # no torch when imported
@@ -38,7 +39,7 @@ class Rule:
 
 RULES = [
     Rule(
-        modules=("spts.errors", "spts.schedule", "spts.cost"),
+        modules=("spts.errors", "spts.schedule", "spts.cost", "spts.memory"),
         never=("torch", "cluster", "jobs", "spts.model", "spts.layer", "spts.kernels"),
         only=(),
     ),
@@ -63,7 +64,7 @@ RULES = [
         ),
     ),
     Rule(
-        modules=("cluster.protocol", "cluster.placement", "cluster.scheduler"),
+        modules=("cluster.protocol", "cluster.placement", "cluster.scheduler", "cluster.documents"),
         never=("ray", "torch", "spts.model", "spts.layer", "spts.kernels", "spts.proxy"),
         only=(),
     ),

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 
 import pytest
 
 from cluster.config import EngineConfig
 from cluster.protocol import Agreement, Chunk, EngineError, Request
+from spts import cost
 from spts.methods import Dense, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
@@ -109,16 +111,17 @@ async def test_requests_run_together_and_each_gets_its_own_answer():
 
 
 async def test_a_running_stream_gets_tokens_while_another_request_is_in_prefill():
-    async with started(layers_per_step=1, step_s=0.001) as engine:
+    async with started(slice_tokens=64, step_s=0.001) as engine:
         first = asyncio.create_task(collect(engine, request("first", max_new_tokens=100)))
         while not any(step.decode for step in engine.group.steps):
             await asyncio.sleep(0.001)
-        await engine.run(request("second", max_new_tokens=1))
+        await engine.run(request("second", token_ids=(1, 2) * 200, max_new_tokens=1))
         await first
         slices = [
             step for step in engine.group.steps if step.advance is not None and step.advance[0] == "second"
         ]
-    assert len(slices) == SHAPE.num_layers
+    whole = cost.dense_flops(SHAPE, 400).total / cost.dense_flops(SHAPE, 64).total
+    assert len(slices) == math.ceil(whole) > 6
     assert all(step.decode for step in slices)
 
 
@@ -185,7 +188,7 @@ async def test_a_request_id_in_flight_is_refused():
 
 
 async def test_an_id_used_again_while_its_last_step_runs_gets_only_its_own_tokens():
-    async with started(step_s=0.05, layers_per_step=6) as engine:
+    async with started(step_s=0.05) as engine:
         first = engine.generate(request(token_ids=(1, 2, 3)))
         pending = asyncio.ensure_future(anext(first))
         await asyncio.sleep(0.02)  # its prefill is running

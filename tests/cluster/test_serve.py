@@ -43,7 +43,7 @@ def deployment_file(folder, model, port, **args):
             "default": {
                 "model": str(model),
                 "tensor_parallel_size": 2,
-                "layers_per_step": 3,
+                "slice_tokens": 64,
                 "max_running": 2,
                 "max_waiting": 0,
             }
