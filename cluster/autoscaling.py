@@ -1,7 +1,7 @@
 """How many replicas an engine should have, by the prompt tokens that wait to be read.
 
-Serve's controller calls this. It may run without this package: Serve sends the class there by value, so it uses
-the standard library only.
+Serve's controller calls this. It may run where this package is not: Serve sends the class there by value, so
+it uses the standard library only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class QueuedPrefillPolicy:
 
     Serve rounds up, holds to the least and the most replicas, and waits for its delays.
 
-    Worked example, tokens_per_replica = 1000: replicas that report 2500 and 300 want 2.8, which are 3; one that
-    reports nothing yet, since it has just started, changes nothing.
+    Worked example, tokens_per_replica = 1000: replicas that report 2500 and 300 want 2.8, which are 3; one
+    that reports nothing yet, since it has just started, changes nothing.
     """
 
     def __init__(self, tokens_per_replica: int) -> None:

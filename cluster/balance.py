@@ -1,5 +1,5 @@
-"""Which replica of an engine a request goes to: the one with the fewest prompt tokens still to read, or, within
-a bound, the one that lately read the same document. Standard library only; nothing here sends anything."""
+"""Which replica of an engine a request goes to: the one with the fewest prompt tokens still to read, or,
+within a bound, the one that lately read the same document. Standard library only; nothing is sent here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
-# Documents are told apart by blocks of so many tokens; what two prompts share beyond whole blocks is not seen.
+# Documents are told apart by blocks of so many tokens; what prompts share beyond whole blocks is not seen.
 BLOCK_TOKENS = 256
 # Blocks remembered over all documents, the least recently used forgotten first: 16 million tokens in about
 # 15 MB.
@@ -27,9 +27,9 @@ class Balance:
     document before; never more than it would save, the tokens that it has read. max_blocks: of BLOCK_TOKENS
     tokens, remembered. clock: seconds.
 
-    Worked example, replicas a and b with nothing to do, affinity_tokens = 4096: a document of 8192 tokens goes
-    to a. A question about it goes to a again while a has at most 4096 tokens more ahead than b, else to b, and
-    from then on its document is b's. Any other prompt goes to whichever has fewer tokens ahead.
+    Worked example, replicas a and b with nothing to do, affinity_tokens = 4096: a document of 8192 tokens
+    goes to a. A question about it goes to a again while a has at most 4096 tokens more ahead than b, else to
+    b, and from then on its document is b's. Any other prompt goes to whichever has fewer tokens ahead.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Balance:
         return ranked
 
     def _reader(self, blocks: Sequence[bytes], ahead: Mapping[str, int]) -> str | None:
-        """The replica that read most of a prompt's first blocks and is near enough to the least loaded one."""
+        """The replica that read most of a prompt's first blocks, if it has little enough ahead."""
         least = min(ahead.values(), default=0)
         for num_blocks in range(len(blocks), 0, -1):
             reader = self._readers.get(blocks[num_blocks - 1])

@@ -68,8 +68,8 @@ class EngineConfig(Strict):
 class ScalingConfig(Strict):
     """More replicas of an engine while prompts queue, fewer when they do not.
 
-    max_replicas: the most; `replicas` of the engine is the least. queued_prefill_tokens: prompt tokens waiting
-    to be read, over all replicas, that call for one replica each. The rest is as in Serve's own
+    max_replicas: the most; `replicas` of the engine is the least. queued_prefill_tokens: as many prompt
+    tokens waiting to be read, over all replicas, call for one replica. The rest is as in Serve's own
     autoscaling_config: seconds that more (upscale_delay_s) or fewer (downscale_delay_s) must have been called
     for, and over which queues are averaged (look_back_period_s).
     """
@@ -85,8 +85,8 @@ class ServedEngineConfig(EngineConfig):
     """An engine behind the endpoint: any number of replicas of it, each a group of ranks of its own.
 
     replicas: how many, or the least of them with autoscaling. affinity_tokens: a prompt goes to the replica
-    that lately read its beginning, unless that has so many prompt tokens more ahead than the least loaded one;
-    0 = only where both have the same ahead.
+    that lately read its beginning, unless that one has more prompt tokens ahead than the least loaded one by
+    more than this or by more than it has read; 0 = only where both have the same ahead.
     """
 
     replicas: int = Field(default=1, ge=1)

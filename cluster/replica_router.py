@@ -26,8 +26,8 @@ class ReplicaRouter(FIFOMixin, RequestRouter):
     ) -> list[list[RunningReplica]]:
         """The replicas, best first. Other calls than a `PlacedRequest` go to any."""
         for replica in candidate_replicas:
-            # What an engine has to do is the placement's affair. Serve's own count of calls would be asked for
-            # over the network when it is old, and others would choose meanwhile.
+            # What an engine has to do is the placement's affair. Serve's own count of calls would be asked
+            # for over the network when it is old, and others would choose meanwhile.
             if self.replica_queue_len_cache.get(replica.replica_id) is None:
                 self.on_new_queue_len_info(replica.replica_id, 0)
         placement = _placement(pending_request)

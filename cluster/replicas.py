@@ -40,8 +40,8 @@ def routing_stats(*, ready: bool, queued: Sequence[Request]) -> dict[str, Any]:
 
 
 def queued_by_others(stats: Mapping[str, Any], router_id: str) -> int | None:
-    """The tokens that other routers than `router_id` have queued at a replica with these `routing_stats`; None
-    when it is not ready. A replica that has not reported yet is new, and has nothing queued.
+    """The tokens that other routers than `router_id` have queued at a replica with these `routing_stats`;
+    None when it is not ready. A replica that has not reported yet is new, and has nothing queued.
 
     >>> queued_by_others({"ready": True, "queued": {"a": 10, "b": 20, "c": 5}}, "a")
     25

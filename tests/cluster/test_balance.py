@@ -34,13 +34,13 @@ def test_the_worked_example():
     assert question.replica == "a", "b is as idle, and has not read it"
     question.close()
     assert go(balance, [3] * 4096, {"a": 0}).replica == "a"
-    at_the_bound = go(balance, text + [4])
+    at_the_bound = go(balance, [*text, 4])
     assert at_the_bound.replica == "a", "4096 tokens more than b"
-    over = go(balance, text + [5])
+    over = go(balance, [*text, 5])
     assert over.replica == "b"
     at_the_bound.close()
     over.close()
-    assert go(balance, text + [6]).replica == "b", "its document is b's from then on"
+    assert go(balance, [*text, 6]).replica == "b", "its document is b's from then on"
 
 
 def test_documents_spread_over_idle_replicas():
@@ -73,7 +73,7 @@ def test_the_longest_beginning_decides():
     text = document(0, 8)
     go(balance, text[: 2 * BLOCK_TOKENS] + document(1, 2)).close()
     go(balance, text, {"a": 9999, "b": 0}).close()
-    assert go(balance, text + [1]).replica == "b"
+    assert go(balance, [*text, 1]).replica == "b"
     assert go(balance, text[: 2 * BLOCK_TOKENS] + document(1, 2)).replica == "a"
 
 
@@ -153,8 +153,8 @@ def test_digests_agree_as_far_as_prompts_do(shared):
     assert same == [place < shared // BLOCK_TOKENS for place in range(4)]
 
 
-# A step: a prompt of (document, blocks of it, tokens of a question) arrives, the n-th open one ends, or the n-th
-# replica goes or comes back.
+# A step: a prompt of (document, blocks of it, tokens of a question) arrives, the n-th open one ends, or the
+# n-th replica goes or comes back.
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("open"), st.integers(0, 3), st.integers(0, 5), st.integers(0, 400)),
