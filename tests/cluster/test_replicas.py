@@ -173,7 +173,7 @@ def test_replicas_follow_the_queue(served):
             "max_replicas": 2,
             "queued_prefill_tokens": LONG,
             "upscale_delay_s": 1,
-            "downscale_delay_s": 3,
+            "downscale_delay_s": 15,  # longer than a replica takes to start, or it would go before it came
             "look_back_period_s": 3,
         },
     )
