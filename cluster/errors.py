@@ -39,7 +39,7 @@ HTTP_ERRORS: Mapping[str, HttpError] = {
 }
 
 
-# What the library and the engine call a field, and what the API calls it; fields inside of it keep their names.
+# What the library and the engine call a field, and what the API calls it; what is inside keeps its name.
 API_NAMES = {
     "token_ids": "prompt",
     "max_new_tokens": "max_tokens",
@@ -47,6 +47,7 @@ API_NAMES = {
     "method.seed": "spts.seed",
     "method.schedule": "spts.schedule",
     "schedule": "spts.schedule",
+    "method": "spts.method",
 }
 
 
@@ -76,8 +77,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
 def _renamed(kind: str, message: str, param: str | None) -> ApiError:
     for ours, theirs in API_NAMES.items():
         if param is not None and re.match(rf"{re.escape(ours)}\b", param):
-            # Messages begin with their field; it may come again further on.
-            return ApiError(kind, message.replace(ours, theirs), theirs + param.removeprefix(ours))
+            # Where it first comes it is the field; further on it may be a word.
+            return ApiError(kind, message.replace(ours, theirs, 1), theirs + param.removeprefix(ours))
     return ApiError(kind, message, param)
 
 
