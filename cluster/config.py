@@ -73,6 +73,49 @@ class EngineConfig(Strict):
     reference_cache_bytes: int = Field(default=2**29, ge=0)
 
 
+class ScalingConfig(Strict):
+    """More replicas of an engine while prompts queue, fewer when they do not.
+
+    max_replicas: the most; `replicas` of the engine is the least. queued_prefill_tokens: as many prompt
+    tokens waiting to be read, over all replicas, call for one replica. The rest is as in Serve's own
+    autoscaling_config: seconds that more (upscale_delay_s) or fewer (downscale_delay_s) must have been called
+    for, and over which queues are averaged (look_back_period_s).
+    """
+
+    max_replicas: int = Field(ge=2)
+    queued_prefill_tokens: int = Field(default=2**15, ge=1)
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_delay_s: float = Field(default=600.0, ge=0)
+    look_back_period_s: float = Field(default=30.0, gt=0)
+
+
+class ServedEngineConfig(EngineConfig):
+    """An engine behind the endpoint: any number of replicas of it, each a group of ranks of its own.
+
+    replicas: how many, or the least of them with autoscaling. affinity_tokens: a prompt goes to the replica
+    that lately read its beginning, unless that one has more prompt tokens ahead than the least loaded one by
+    more than this or by more than it has read; 0 = only where both have the same ahead.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    autoscaling: ScalingConfig | None = None
+    affinity_tokens: int = Field(default=2**15, ge=0)
+
+    @model_validator(mode="after")
+    def _more_than_the_least(self) -> ServedEngineConfig:
+        if self.autoscaling is not None and self.autoscaling.max_replicas <= self.replicas:
+            raise ValueError(
+                f"autoscaling.max_replicas must be more than replicas = {self.replicas}, got "
+                f"{self.autoscaling.max_replicas}; raise it, or leave autoscaling out"
+            )
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas that there may be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+
 class PoolConfig(Strict):
     """One row of the router's table: prompts of up to `max_prompt_tokens` (None = any) run `method` on
     `engine`.
@@ -105,7 +148,7 @@ class AppConfig(Strict):
     """
 
     served_model_name: str | None = None
-    engines: dict[str, EngineConfig] = Field(min_length=1)
+    engines: dict[str, ServedEngineConfig] = Field(min_length=1)
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_prompts: int = Field(default=64, ge=1)

@@ -250,7 +250,8 @@ class Dispatcher:
     # -- engines ---------------------------------------------------------------------------------------------
 
     async def _send(self, name: str, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The answer of the engine `name`; of another one, if that is lost before the first token came."""
+        """The answer of the engine `name`; of another replica or engine, if it is lost before its first
+        token."""
         begun = False
         try:
             async with aclosing(self._engines[name].generate(request)) as chunks:
@@ -268,7 +269,10 @@ class Dispatcher:
                 yield chunk
 
     async def _elsewhere(self, name: str, request: Request) -> str | None:
-        """Another engine that is ready and has a pool for prompts of this length, or None."""
+        """The engine itself if it has another replica that is ready, else another engine that is ready and
+        has a pool for prompts of this length, or None."""
+        if self._config.engines[name].max_replicas > 1 and await self._is_ready(name):
+            return name
         for pool in self._config.pools:
             fits = pool.max_prompt_tokens is None or len(request.token_ids) <= pool.max_prompt_tokens
             if fits and pool.engine != name and await self._is_ready(pool.engine):

@@ -68,6 +68,7 @@ RULES = [
         never=("ray", "torch", "spts.model", "spts.layer", "spts.kernels", "spts.proxy"),
         only=(),
     ),
+    Rule(modules=("cluster.balance", "cluster.autoscaling"), never=PACKAGES, only=()),
     Rule(modules=("cluster.router",), never=("torch", "deepspeed", "spts.model", "cluster.shard")),
     Rule(modules=("cluster",), never=("jobs",)),
     Rule(

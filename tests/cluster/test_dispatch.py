@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from cluster.config import AppConfig
+from cluster.protocol import EngineError
 from cluster.router import Router
 from spts.methods import Spts
 from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint, error_of, events
@@ -81,11 +82,24 @@ async def test_activity_comes_with_the_usage_when_it_is_asked_for(folder):
         assert "one choice of one prompt, got 1 x 2" in several["message"]
 
 
+class LosesReplicas(FakeEngine):
+    """Of several replicas, all ready, the first `num_lost` to be asked are lost."""
+
+    num_lost = 0
+
+    async def generate(self, request):
+        if self.num_lost:
+            self.num_lost -= 1
+            raise EngineError("unavailable", "the engine is not there; retry later")
+        async for chunk in super().generate(request):
+            yield chunk
+
+
 @contextlib.asynccontextmanager
-async def two_engines(folder, pools):
-    engines = {name: {"model": str(folder)} for name in ("short", "long")}
+async def two_engines(folder, pools, **engine):
+    engines = {name: {"model": str(folder), **engine} for name in ("short", "long")}
     config = AppConfig.model_validate({"served_model_name": "tiny", "engines": engines, "pools": pools})
-    fakes = {name: FakeEngine(engine, step_s=0.002) for name, engine in config.engines.items()}
+    fakes = {name: LosesReplicas(engine, step_s=0.002) for name, engine in config.engines.items()}
     for fake in fakes.values():
         await fake.start()
     transport = httpx.ASGITransport(app=Router(config, fakes).app())
@@ -117,6 +131,24 @@ async def test_a_request_without_a_token_yet_goes_to_another_engine_that_may_ser
             assert events(answer)[-1] == "[DONE]"
         # From now on the lost engine is not asked in vain for each of them: it answers at once.
         assert (await client.post(COMPLETIONS, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("replicas", "num_lost", "status", "elsewhere"), [(2, 1, 200, 0), (2, 2, 503, 0), (1, 1, 200, 1)]
+)
+async def test_another_replica_is_asked_before_any_other_engine(
+    folder, replicas, num_lost, status, elsewhere
+):
+    async with two_engines(folder, SHORT_AND_LONG, replicas=replicas) as (client, fakes):
+        await client.get("ready")
+        before = len(started(fakes["long"]))
+        fakes["short"].num_lost = num_lost
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == status
+        assert len(started(fakes["long"])) - before == elsewhere
+
+
+def started(fake):
+    return [step.start for step in fake.group.steps if step.start is not None]
 
 
 async def test_a_long_prompt_does_not_go_to_the_engine_of_the_short_ones(folder):

@@ -1,4 +1,4 @@
-"""docs/serving.md names every key, route, error and metric that there is."""
+"""docs/serving.md names every key, route, error and metric that there is, docs/scaling.md replicas' keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cluster.config import AppConfig, EngineConfig, PoolConfig
+from cluster.config import AppConfig, EngineConfig, PoolConfig, ScalingConfig, ServedEngineConfig
 from cluster.errors import HTTP_ERRORS
 from cluster.metrics import Metrics
 from cluster.openapi import openapi
@@ -21,6 +21,12 @@ def page() -> str:
 @pytest.mark.parametrize("model", [AppConfig, PoolConfig, EngineConfig])
 def test_every_key_of_the_configuration(page, model):
     assert [name for name in model.model_fields if f"`{name}`" not in page] == []
+
+
+def test_every_key_of_replicas():
+    text = (REPOSITORY / "docs" / "scaling.md").read_text()
+    names = {*ScalingConfig.model_fields, *ServedEngineConfig.model_fields} - {*EngineConfig.model_fields}
+    assert [name for name in sorted(names) if f"| `{name}`" not in text and f", `{name}`" not in text] == []
 
 
 def test_every_route(page):
