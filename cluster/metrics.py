@@ -65,7 +65,12 @@ class Metrics:
                 ("num_requests_waiting", "Requests whose prefill has not begun"),
                 ("queued_prefill_tokens", "Prompt tokens of the requests whose prefill has not ended"),
                 ("kv_cache_bytes", "Bytes of the running requests' KV caches"),
-                ("kv_cache_usage_perc", "Share of the KV memory in use, 1 = all; where its size is known"),
+                ("kv_reserved_bytes", "Bytes that requests in prefill or decoding may take at most"),
+                ("kv_document_bytes", "Bytes of what is kept of prompts for others that begin alike"),
+                (
+                    "kv_cache_usage_perc",
+                    "Share of the KV memory that is reserved or holds documents, 1 = all",
+                ),
             )
         }
 
@@ -83,9 +88,12 @@ class Metrics:
                 "num_requests_waiting": stats.waiting,
                 "queued_prefill_tokens": stats.queued_prefill_tokens,
                 "kv_cache_bytes": stats.kv_bytes,
+                "kv_reserved_bytes": stats.reserved_bytes,
+                "kv_document_bytes": stats.document_bytes,
             }
             if stats.kv_bytes_limit is not None:
-                values["kv_cache_usage_perc"] = stats.kv_bytes / stats.kv_bytes_limit
+                in_use = stats.reserved_bytes + stats.document_bytes
+                values["kv_cache_usage_perc"] = in_use / stats.kv_bytes_limit
             for key, value in values.items():
                 self._gauges[key].labels(engine=name).set(value)
         return generate_latest(self.registry)

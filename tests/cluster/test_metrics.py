@@ -125,7 +125,15 @@ async def test_an_engine_that_does_not_answer_has_no_gauges(folder, monkeypatch)
 
 def test_every_name_of_the_dashboard_is_exposed():
     metrics = Metrics()
-    stats = EngineStats(running=1, waiting=0, kv_bytes=5, kv_bytes_limit=10, queued_prefill_tokens=0)
+    stats = EngineStats(
+        running=1,
+        waiting=0,
+        kv_bytes=1,
+        kv_bytes_limit=10,
+        queued_prefill_tokens=0,
+        reserved_bytes=3,
+        document_bytes=2,
+    )
     text = metrics.text({"default": stats}).decode()
     assert samples(text)["kv_cache_usage_perc", (("engine", "default"),)] == 0.5
     # A series appears with its first label; a family is listed from the start, with its type.

@@ -17,7 +17,10 @@ from tests.cluster.conftest import KEY
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 # What an endpoint without requests has none of.
-IN_USE = ("num_requests_running", "num_requests_waiting", "queued_prefill_tokens", "kv_cache_bytes")
+IN_USE = (
+    *("num_requests_running", "num_requests_waiting", "queued_prefill_tokens"),
+    *("kv_cache_bytes", "kv_reserved_bytes"),
+)
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_a_client_that_leaves_frees_its_memory_within_a_second(http, demo_url, s
 
     asyncio.run(leave())
     left = time.monotonic()
-    while gauges(http)["spts:kv_cache_bytes"] or gauges(http)["spts:num_requests_running"]:
+    while any(gauges(http)[f"spts:{name}"] for name in IN_USE):
         assert time.monotonic() - left < 1
 
 
