@@ -1,9 +1,16 @@
-"""Whether a request can be computed at all: asked by the router and by the engine, before any compute."""
+"""Whether a request can be computed at all, and what it takes: asked before any compute, by the router and by
+the engine."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import replace
+
 from cluster.protocol import EngineError, EngineInfo, ErrorKind, Request
-from spts.errors import RequestError, SptsError
+from cluster.scheduler import Demand, too_large
+from spts import cost, memory
+from spts.errors import ConfigError, RequestError, SptsError
+from spts.methods import Dense, Method
 from spts.request import check_prefix_tokens, check_tokens, check_vocabulary
 from spts.sampling import Sampling
 
@@ -17,7 +24,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
             vocab_size=info.vocab_size,
             max_context=info.max_context,
         )
-        check_prefix_tokens(request.prefix_tokens, request.token_ids)
+        if request.prefix_tokens is not None:
+            check_prefix_tokens(request.prefix_tokens, request.token_ids)
         request.method.schedule_for(info.shape.num_layers)
     except SptsError as error:
         raise as_engine_error(error) from None
@@ -36,6 +44,72 @@ def check_request(request: Request, info: EngineInfo) -> None:
             "fit them with python -m jobs.calibrate, or use dense",
             "method",
         )
+    num_bytes = request_bytes(request, info)
+    if num_bytes > info.kv_bytes_limit:
+        raise too_large(num_bytes, info.kv_bytes_limit)
+
+
+def request_bytes(request: Request, info: EngineInfo) -> int:
+    """The most bytes that a rank holds for `request` at any time (`spts.memory`)."""
+    num_tokens, new_tokens = len(request.token_ids), request.max_new_tokens
+    num_bytes = _prompt_bytes(request.method, num_tokens, new_tokens, info)
+    if request.follow:
+        # The dense model first. Each takes the given tokens all at once; then both models' distributions are
+        # compared in float64.
+        dense_bytes = _prompt_bytes(Dense(), num_tokens, new_tokens, info)
+        num_bytes = max(num_bytes, dense_bytes) + new_tokens * info.shape.vocab_size * (2 * 4 + 3 * 8)
+        num_bytes += _prompt_bytes(Dense(), new_tokens, 0, replace(info, slice_tokens=None))
+    return num_bytes
+
+
+def demand(request: Request, info: EngineInfo) -> Demand:
+    """What the scheduler has to know of a request that `check_request` lets pass."""
+    method, shape = request.method, info.shape
+    depth = method.schedule_for(shape.num_layers).first_skip_layer
+    work = method.planned_work(shape.num_layers, len(request.token_ids))
+    return Demand(
+        request_id=request.request_id,
+        token_ids=request.token_ids,
+        kv_bytes=request_bytes(request, info),
+        flops=cost.prefill_flops(shape, work, info.proxy).total,
+        depth=depth,
+        document_bytes=cost.prefix_bytes(
+            shape, 1, depth, dtype_bytes=info.dtype_bytes, world_size=info.world_size
+        ),
+        prefix_tokens=request.prefix_tokens,
+    )
+
+
+def check_context(info: EngineInfo) -> None:
+    """Raise ConfigError, naming the length that would fit, unless one dense request of `info.max_context`
+    tokens does."""
+
+    def fits(num_tokens: int) -> bool:
+        return _prompt_bytes(Dense(), max(1, num_tokens - 1), 1, info) <= info.kv_bytes_limit
+
+    if fits(info.max_context):
+        return
+    longest = bisect_left(range(info.max_context), True, key=lambda num_tokens: not fits(num_tokens)) - 1
+    advice = f"set it to at most {longest}, or" if longest >= 2 else "there is no room for any prompt;"
+    raise ConfigError(
+        f"max_model_len must be a length of which one dense request fits into the {info.kv_bytes_limit} bytes "
+        f"of KV memory on each rank, got {info.max_context} tokens, which take "
+        f"{_prompt_bytes(Dense(), info.max_context - 1, 1, info)}; {advice} give the engine more memory "
+        "(kv_cache_bytes, tensor_parallel_size)",
+        field="max_model_len",
+    )
+
+
+def _prompt_bytes(method: Method, num_tokens: int, max_new_tokens: int, info: EngineInfo) -> int:
+    return memory.request_bytes(
+        info.shape,
+        method.planned_work(info.shape.num_layers, num_tokens),
+        max_new_tokens=max_new_tokens,
+        dtype_bytes=info.dtype_bytes,
+        world_size=info.world_size,
+        proxy=info.proxy,
+        slice_flops=info.slice_flops,
+    )
 
 
 def _check_follow(request: Request, vocab_size: int) -> None:

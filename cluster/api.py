@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
@@ -19,9 +19,10 @@ from spts.sampling import MAX_LOGPROBS
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_ACTIVITY_BINS = 512
 
 # Fields of the OpenAI API that this server has not, and the values (besides null) that ask for nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -44,11 +45,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-WHY_UNSUPPORTED = {
-    "echo": "log-likelihoods of a prompt do not measure skipping, and this server does not compute them",
-}
-
-
 FORMS = {
     "prompt": "text, token ids, or a list of either",
     "stop": "a string or a list of strings",
@@ -70,42 +66,62 @@ Listed = Annotated[list[Item], FirstFault()]
 
 
 class Body(BaseModel):
-    """Base of all bodies: unknown keys are errors, and a number is not a string."""
+    """Base of all bodies: unknown keys are errors, and a number is not a string.
+
+    unsupported: fields that clients know and this server has not, with the values that ask for nothing.
+    """
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def check(self) -> None:
+        """Raise ApiError for fields that do not go together."""
+
 
 class StreamOptions(Body):
-    """include_usage: a last chunk with the usage, and no choices."""
+    """include_usage: a last chunk with the usage, and no choices. continuous_usage_stats: the usage so far in
+    every chunk."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class SptsOptions(Body):
-    """Per-request choice of method. schedule: its numbers, or a preset's name; None = as the server is
-    configured."""
+    """Per-request choice of method, as the server is configured where it says nothing.
 
-    method: str
+    method: its name. schedule: its numbers, or a preset's name. activity: ask usage for what each layer
+    computed, in so many parts of the prompt.
+    """
+
+    method: str | None = None
     schedule: dict[str, Any] | str | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    activity: int | None = Field(default=None, ge=1, le=MAX_ACTIVITY_BINS)
 
 
 class GenerationBody(Body):
-    """Fields that both endpoints share; names, ranges and defaults are OpenAI's, `top_k` and `spts` are ours.
+    """Fields that both endpoints share; names, ranges and defaults are OpenAI's, `top_k` and `ignore_eos` are
+    vLLM's, `spts` is ours.
 
-    user: accepted and without effect, as it is there for the client's own records.
+    max_completion_tokens: the newer name of max_tokens. ignore_eos: go on after the model's end token, as in
+    load tests. user: accepted and without effect, as it is there for the client's own records.
     """
 
+    unsupported = UNSUPPORTED
+
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1)
     stop: str | Listed[str] | None = None
+    ignore_eos: bool | None = None
     user: str | None = None
     spts: SptsOptions | None = None
 
@@ -135,16 +151,41 @@ class GenerationBody(Body):
         """Alternatives to report per token; None = no log-probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def echoed(self) -> list[str | None]:
+        """The prompts that the answers begin with, None for one of token ids; empty = they do not."""
+        return []
+
     def token_limit(self) -> int | None:
         """Most tokens to answer with; None = as many as fit."""
-        return self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check(self) -> None:
+        """See `Body`."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(
+                "invalid_request",
+                "stream_options must only be given with stream = true, got false; remove it",
+                "stream_options",
+            )
+        if None not in (self.max_tokens, limit := self.max_completion_tokens) and self.max_tokens != limit:
+            raise ApiError(
+                "invalid_request",
+                f"max_tokens must equal max_completion_tokens if both are given, got {self.max_tokens} and "
+                f"{limit}; remove one",
+                "max_tokens",
+            )
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions. prompt: text or token ids, or a list of either."""
+    """POST /v1/completions. prompt: text or token ids, or a list of either. echo: the answer begins with the
+    prompt, whose tokens have log-probabilities too if there are any."""
+
+    unsupported = {name: neutral for name, neutral in UNSUPPORTED.items() if name != "echo"}
 
     prompt: str | Listed[int] | Listed[str] | Listed[Listed[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
 
     def num_logprobs(self) -> int | None:
         """See `GenerationBody`."""
@@ -152,7 +193,13 @@ class CompletionBody(GenerationBody):
 
     def token_limit(self) -> int | None:
         """16 by default, as in the OpenAI API."""
-        return 16 if self.max_tokens is None else self.max_tokens
+        return super().token_limit() or 16
+
+    @property
+    def echoed(self) -> list[str | None]:
+        """See `GenerationBody`."""
+        texts = [prompt if isinstance(prompt, str) else None for prompt in self.prompts]
+        return texts if self.echo else []
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -187,7 +234,6 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Listed[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -195,20 +241,27 @@ class ChatBody(GenerationBody):
         """See `GenerationBody`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def token_limit(self) -> int | None:
-        """`max_completion_tokens`, or the older `max_tokens`."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def check(self) -> None:
+        """See `Body`."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(
+                "invalid_request",
+                f"top_logprobs must only be given with logprobs = true, got {self.top_logprobs}; add "
+                "logprobs",
+                "top_logprobs",
+            )
 
-    @property
-    def turns(self) -> list[dict[str, str]]:
-        """The messages as chat templates expect them; "developer" is the newer name of "system"."""
-        return [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-            for message in self.messages
-        ]
+
+def turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The messages as chat templates expect them; "developer" is the newer name of "system"."""
+    return [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in messages
+    ]
 
 
-AnyBody = TypeVar("AnyBody", bound=GenerationBody)
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
@@ -216,29 +269,19 @@ def parse_body(raw: bytes, model: type[AnyBody]) -> AnyBody:
     data = _json(raw)
     if not isinstance(data, dict):
         raise ApiError("invalid_request", f"body must be a JSON object, got {type(data).__name__}; send one")
-    for name, neutral in UNSUPPORTED.items():
+    for name, neutral in model.unsupported.items():
         value = data.pop(name, None)
         if value is not None and value not in neutral:
-            why = WHY_UNSUPPORTED.get(name, "this server does not support it")
             raise ApiError(
-                "unsupported_parameter", f"{name} must not be given, got {brief(value)}; {why}", name
+                "unsupported_parameter",
+                f"{name} must not be given, got {brief(value)}; this server does not support it",
+                name,
             )
     try:
         body = model.model_validate(data)
     except ValidationError as error:
         raise _first_fault(error, model) from None
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(
-            "invalid_request",
-            "stream_options must only be given with stream = true, got false; remove it",
-            "stream_options",
-        )
-    if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(
-            "invalid_request",
-            f"top_logprobs must only be given with logprobs = true, got {body.top_logprobs}; add logprobs",
-            "top_logprobs",
-        )
+    body.check()
     return body
 
 
@@ -260,7 +303,7 @@ def _json(raw: bytes) -> object:
     return data
 
 
-def _first_fault(error: ValidationError, model: type[GenerationBody]) -> ApiError:
+def _first_fault(error: ValidationError, model: type[Body]) -> ApiError:
     faults = [dict(fault) for fault in error.errors()]
     unknown = next((fault for fault in faults if fault["type"] == "extra_forbidden"), None)
     if unknown is not None:

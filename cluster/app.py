@@ -1,24 +1,27 @@
-"""The application that Serve deploys: a router in front of one deployment per engine. Deployments are named
-here only.
+"""The application that Serve deploys: a router in front of one deployment per engine, with its replicas.
+Deployments are named here only.
 
     serve run ray_config.yaml       import_path: cluster.app:build, args: see cluster.config.AppConfig
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import logging
+from collections.abc import Mapping
 from typing import Any
 
-import ray
 from ray import serve
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from starlette.types import ASGIApp
 
 from cluster import placement
-from cluster.config import AppConfig, EngineConfig, check_pools, parse
+from cluster.autoscaling import QUEUED_PREFILL_TOKENS, QueuedPrefillPolicy
+from cluster.balance import Balance
+from cluster.config import AppConfig, EngineConfig, ServedEngineConfig, check_pools, parse
 from cluster.engine import Engine
-from cluster.protocol import Chunk, EngineError, EngineInfo, Request
+from cluster.keys import read_keys
+from cluster.replica_router import ReplicaRouter
+from cluster.replicas import REPORT_PERIOD_S, ServeEngine, routing_stats
 from cluster.router import Router
 
 ROUTER = "Router"
@@ -27,56 +30,37 @@ ROUTER = "Router"
 MAX_ONGOING = 10_000
 
 
+# Seconds that a replica may take to end after the last request that it had.
+GOODBYE_S = 30.0
+
+
 class EngineDeployment(Engine):
     """An engine that is ready when its replica is."""
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits constructors
+        log_as_serve_does()
         super().__init__(EngineConfig.model_validate(config))
         await self.start()
 
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What `cluster.replica_router` is told; Serve asks."""
+        queued = [flight.request for flight in self._flights.values() if flight.prefilled is None]
+        return routing_stats(ready=await self.ready(), queued=queued)
 
-class ServeEngine:
-    """`cluster.dispatch.EngineClient` over a handle to an engine's deployment."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def info(self) -> EngineInfo:
-        """See `Engine.info`."""
-        return await _answer(self._handle.info.remote())
-
-    async def ready(self) -> bool:
-        """See `Engine.ready`."""
-        return await _answer(self._handle.ready.remote())
-
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache."""
-        chunks = self._handle.options(stream=True).generate.remote(request)
-        try:
-            while True:
-                try:
-                    yield await _answer(anext(chunks))
-                except StopAsyncIteration:
-                    return
-        finally:
-            chunks.cancel()
-
-
-async def _answer(call: Any) -> Any:
-    try:
-        return await call
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.RayError, RayServeException) as error:
-        raise EngineError("unavailable", "the engine is not there; retry later") from error
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `cluster.autoscaling` is told; Serve asks."""
+        return {QUEUED_PREFILL_TOKENS: (await self.stats()).queued_prefill_tokens}
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application that `args` describe. Raises ConfigError naming the key that is wrong."""
     config = parse(dict(args), AppConfig, source="args")
     check_pools(config)
+    read_keys(config)  # a missing file is said here, where it ends the deployment, not in the replica's log
     engines = {
-        name: _engine_deployment(name, engine).bind(engine.model_dump())
+        name: _engine_deployment(name, engine, drain_s=config.request_timeout_s).bind(
+            engine.model_dump(include=set(EngineConfig.model_fields))
+        )
         for name, engine in config.engines.items()
     }
     return _router_deployment(config).bind(*engines.values())
@@ -87,10 +71,19 @@ def engine_name(name: str) -> str:
     return f"Engine-{name}"
 
 
-def _engine_deployment(name: str, config: EngineConfig) -> serve.Deployment:
+def log_as_serve_does() -> None:
+    """Send what this package logs to Serve's own logger, with its level, its files and its encoding."""
+    logging.getLogger("cluster").parent = logging.getLogger("ray.serve")
+
+
+def _engine_deployment(name: str, config: ServedEngineConfig, *, drain_s: float) -> serve.Deployment:
     return serve.deployment(
         EngineDeployment,
         name=engine_name(name),
+        **_replicas(config),
+        request_router_config=RequestRouterConfig(
+            request_router_class=ReplicaRouter, request_routing_stats_period_s=REPORT_PERIOD_S
+        ),
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=placement.bundles(
             world_size=config.tensor_parallel_size, device=config.device, num_threads=config.num_threads
@@ -98,22 +91,53 @@ def _engine_deployment(name: str, config: EngineConfig) -> serve.Deployment:
         placement_group_strategy=placement.strategy(device=config.device),
         max_ongoing_requests=MAX_ONGOING,
         max_constructor_retry_count=2,
-        graceful_shutdown_timeout_s=30,
+        # A replica that is to end gets no new requests, and finishes those it has.
+        graceful_shutdown_timeout_s=drain_s + GOODBYE_S,
     )
+
+
+def _replicas(config: ServedEngineConfig) -> dict[str, Any]:
+    """How many replicas, in the options of `serve.deployment`."""
+    scaling = config.autoscaling
+    if scaling is None:
+        return {"num_replicas": config.replicas}
+    policy = AutoscalingPolicy(
+        policy_function=QueuedPrefillPolicy,
+        policy_kwargs={"tokens_per_replica": scaling.queued_prefill_tokens},
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=scaling.max_replicas,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            look_back_period_s=scaling.look_back_period_s,
+            # How often replicas report: Serve's default for its default of the period, and in proportion.
+            metrics_interval_s=scaling.look_back_period_s / 3,
+            policy=policy,
+        )
+    }
 
 
 def _router_deployment(config: AppConfig) -> serve.Deployment:
     args = config.model_dump(mode="json")
 
     def asgi_app() -> ASGIApp:
+        log_as_serve_does()
+        config = parse(args, AppConfig, source="args")
         engines = {
-            name: ServeEngine(serve.get_deployment_handle(engine_name(name))) for name in args["engines"]
+            name: ServeEngine(
+                serve.get_deployment_handle(engine_name(name)),
+                Balance(affinity_tokens=engine.affinity_tokens),
+            )
+            for name, engine in config.engines.items()
         }
-        return Router(parse(args, AppConfig, source="args"), engines).app()
+        return Router(config, engines).app()
 
     return serve.deployment(
         serve.ingress(asgi_app)(),
         name=ROUTER,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=config.request_timeout_s + GOODBYE_S,
     )

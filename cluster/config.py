@@ -34,12 +34,20 @@ class EngineConfig(Strict):
 
     model: folder (relative ones are looked for in the working directory, then beside the packages) or hub id.
     proxies: folder of fitted proxies; None = the model folder's own. max_model_len: prompt plus new tokens;
-    None = the model's. num_threads: CPU threads per rank. max_running, max_waiting, layers_per_step: see
-    `cluster.scheduler.Scheduler`. start_timeout_s: to load the model. step_timeout_s: a step that takes
-    longer means a rank hangs, and the group restarts. max_restarts: failed starts in a row after which the
-    engine gives up.
-    prefix_cache_bytes: device memory on each rank for what prompts that begin alike share, the least recently
-    used dropped first; `spts.cost.prefix_bytes` says what one takes, and a larger one is not kept. 0 = none.
+    None = the model's. num_threads: CPU threads per rank. max_running, max_waiting, max_waiting_tokens: see
+    `cluster.scheduler.Scheduler`. slice_tokens: between two tokens of a running stream at most as much of a
+    prompt is computed as a dense prefill of so many tokens costs, however long the prompt; a layer that skips
+    tokens is never divided (`spts.prefill`). null = a prefill is never sliced.
+    kv_cache_bytes: memory on each rank for what requests hold while they are computed and for what is kept of
+    prompts; null = 90 % of what a GPU has free once the model is loaded, and a fifth of what memory a CPU
+    machine has free, shared by the ranks. One dense request of max_model_len must fit.
+    prefix_cache_bytes: of these, the most that is kept of prompts for others that begin alike, the least
+    recently used dropped first, and earlier when requests need the room; `spts.cost.prefix_bytes` says what a
+    prompt takes, and one that takes more is not kept. 0 = nothing is kept.
+    start_timeout_s: to load the model. step_timeout_s: a step that takes longer means a rank hangs, and the
+    group restarts. max_restarts: failed starts in a row after which the engine gives up.
+    heartbeat_timeout_s: a step that takes longer makes the engine not ready until it ends; when it has not
+    ended step_timeout_s later either, the engine is unhealthy and Serve replaces it.
     reference_cache_bytes: host memory for the dense distributions that followed requests are compared with,
     the least recently used dropped first. With 128,000 tokens in the vocabulary one followed token takes 512
     KB, so the default holds 1,048 of them; 0 = computed anew for every request.
@@ -54,12 +62,58 @@ class EngineConfig(Strict):
     num_threads: int = Field(default=1, ge=1)
     max_running: int = Field(default=8, ge=1)
     max_waiting: int = Field(default=64, ge=0)
-    layers_per_step: int = Field(default=4, ge=1)
+    max_waiting_tokens: int = Field(default=2**20, ge=1)
+    slice_tokens: int | None = Field(default=1024, ge=64)
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
     start_timeout_s: float = Field(default=600.0, gt=0)
     step_timeout_s: float = Field(default=300.0, gt=0)
     max_restarts: int = Field(default=3, ge=0)
+    heartbeat_timeout_s: float = Field(default=60.0, gt=0)
     prefix_cache_bytes: int = Field(default=2**31, ge=0)
     reference_cache_bytes: int = Field(default=2**29, ge=0)
+
+
+class ScalingConfig(Strict):
+    """More replicas of an engine while prompts queue, fewer when they do not.
+
+    max_replicas: the most; `replicas` of the engine is the least. queued_prefill_tokens: as many prompt
+    tokens waiting to be read, over all replicas, call for one replica. The rest is as in Serve's own
+    autoscaling_config: seconds that more (upscale_delay_s) or fewer (downscale_delay_s) must have been called
+    for, and over which queues are averaged (look_back_period_s).
+    """
+
+    max_replicas: int = Field(ge=2)
+    queued_prefill_tokens: int = Field(default=2**15, ge=1)
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_delay_s: float = Field(default=600.0, ge=0)
+    look_back_period_s: float = Field(default=30.0, gt=0)
+
+
+class ServedEngineConfig(EngineConfig):
+    """An engine behind the endpoint: any number of replicas of it, each a group of ranks of its own.
+
+    replicas: how many, or the least of them with autoscaling. affinity_tokens: a prompt goes to the replica
+    that lately read its beginning, unless that one has more prompt tokens ahead than the least loaded one by
+    more than this or by more than it has read; 0 = only where both have the same ahead.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    autoscaling: ScalingConfig | None = None
+    affinity_tokens: int = Field(default=2**15, ge=0)
+
+    @model_validator(mode="after")
+    def _more_than_the_least(self) -> ServedEngineConfig:
+        if self.autoscaling is not None and self.autoscaling.max_replicas <= self.replicas:
+            raise ValueError(
+                f"autoscaling.max_replicas must be more than replicas = {self.replicas}, got "
+                f"{self.autoscaling.max_replicas}; raise it, or leave autoscaling out"
+            )
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas that there may be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class PoolConfig(Strict):
@@ -85,14 +139,45 @@ class AppConfig(Strict):
 
     served_model_name: the name clients ask for; None = the model folder's name. pools: by prompt length,
     shortest first; the last one takes the rest. request_timeout_s: deadline of every request.
-    max_prompts: prompts x n in one HTTP request.
+    max_prompts: prompts x n in one HTTP request. api_keys_file: absolute path of a text file where the router
+    runs, one key a line, # begins a comment; api_keys_env: name of an environment variable there, keys
+    separated by commas or lines. Either, both, or neither for an endpoint without keys.
+    max_echo_tokens: longest prompt whose own log-probabilities a request may ask for (echo); all of its
+    distributions are in memory at once, and other requests wait. allowed_methods: what a request may choose.
+    min_budget_tokens: least active_tokens and keep_tokens of a schedule that a request brings.
     """
 
     served_model_name: str | None = None
-    engines: dict[str, EngineConfig] = Field(min_length=1)
+    engines: dict[str, ServedEngineConfig] = Field(min_length=1)
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1, strict=False)]
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_prompts: int = Field(default=64, ge=1)
+    api_keys_file: str | None = Field(default=None, min_length=1)
+    api_keys_env: str | None = Field(default=None, min_length=1)
+    max_echo_tokens: int = Field(default=2048, ge=0)
+    allowed_methods: Annotated[tuple[str, ...], Field(strict=False)] = tuple(methods.METHODS)
+    min_budget_tokens: int = Field(default=1, ge=1)
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _keys_have_a_whole_path(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_absolute():
+            raise ValueError(
+                f"api_keys_file must be an absolute path, got {value!r}; a router has a working directory of "
+                "its own"
+            )
+        return value
+
+    @field_validator("allowed_methods")
+    @classmethod
+    def _methods_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in methods.METHODS]
+        if unknown:
+            raise ValueError(
+                f"allowed_methods must hold names of {', '.join(methods.METHODS)}, got {unknown[0]!r}; "
+                "correct it"
+            )
+        return value
 
     @model_validator(mode="after")
     def _pools_fit_together(self) -> AppConfig:

@@ -1,23 +1,28 @@
-"""From a checked body to pieces of text: choose pool and method, send to an engine, turn its tokens into
-text."""
+"""From a checked body to engine requests: choose pool and method, check, send, and send elsewhere if need
+be."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from cluster.admission import check_request
-from cluster.answers import Answer, Endpoint, Piece, Usage
+from cluster.answers import Answer, Endpoint, Usage
 from cluster.api import GenerationBody
+from cluster.choices import Echo, Job
 from cluster.config import AppConfig, PoolConfig, parse_method
 from cluster.errors import ApiError
-from cluster.protocol import Chunk, EngineError, EngineInfo, Request
-from cluster.tokenizer import TextStream, TextTokenizer
+from cluster.protocol import Chunk, EngineError, EngineInfo, EngineStats, Request
+from cluster.tokenizer import TextTokenizer
 from spts.methods import Method
 from spts.sampling import Sampling
+from spts.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 # Seconds that an engine may take to say that it is there; a replica that is still loading says nothing.
 ANSWER_S = 5.0
@@ -35,19 +40,11 @@ class EngineClient(Protocol):
     async def ready(self) -> bool:
         """See `Engine.ready`."""
 
+    async def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """An HTTP request as engine requests. requests: one per choice, in order of their index."""
-
-    engine: EngineClient
-    requests: list[Request]
-    answer: Answer
-    usage: Usage
-    body: GenerationBody
 
 
 class Dispatcher:
@@ -69,14 +66,41 @@ class Dispatcher:
         """Longest prompt plus answer of any engine, in tokens; None until an engine has told."""
         return max((info.max_context for info in self._infos.values()), default=None)
 
+    async def longest(self) -> int:
+        """`max_context`, asked for if need be. Raises EngineError "unavailable" while no engine can tell."""
+        if self.max_context is None:
+            told = await asyncio.gather(*map(self._info, self._engines), return_exceptions=True)
+            if self.max_context is None:
+                raise next(error for error in told if isinstance(error, BaseException))
+        return self.max_context
+
     async def ready(self) -> dict[str, bool]:
         """For every engine, whether it produces tokens now."""
-        return {name: await self._is_ready(name) for name in self._engines}
+        return dict(
+            zip(self._engines, await asyncio.gather(*map(self._is_ready, self._engines)), strict=True)
+        )
+
+    async def stats(self) -> dict[str, EngineStats]:
+        """What each engine has to do; those that do not answer are left out."""
+        answers = await asyncio.gather(
+            *(_soon(engine.stats()) for engine in self._engines.values()), return_exceptions=True
+        )
+        return {
+            name: answer
+            for name, answer in zip(self._engines, answers, strict=True)
+            if isinstance(answer, EngineStats)
+        }
 
     # -- what to send where ----------------------------------------------------------------------------------
 
     async def job(
-        self, body: GenerationBody, prompts: list[tuple[int, ...]], endpoint: Endpoint, request_id: str
+        self,
+        body: GenerationBody,
+        prompts: list[tuple[int, ...]],
+        endpoint: Endpoint,
+        *,
+        request_id: str,
+        arrived: float,
     ) -> Job:
         """What to send for a body whose prompts are `prompts`, in tokens. Checks everything, computes
         nothing."""
@@ -88,10 +112,17 @@ class Dispatcher:
                 "send fewer",
                 "n" if n > 1 else "prompt",
             )
+        activity_bins = (body.spts.activity if body.spts else None) or 0
+        if activity_bins and len(prompts) * n > 1:
+            raise ApiError(
+                "invalid_request",
+                f"spts.activity must be asked for one choice of one prompt, got {len(prompts)} x {n}; send "
+                "one",
+                "spts",
+            )
         # One pool for a batch, by its longest prompt: one HTTP request, one engine, one method in its usage.
         pool, method = self._pool(max(map(len, prompts)))
         method = self._chosen_method(body, method)
-        engine = self._engines[pool.engine]
         info = await self._info(pool.engine)
         requests = []
         for index, token_ids in enumerate(prompt for prompt in prompts for _ in range(n)):
@@ -105,18 +136,57 @@ class Dispatcher:
                 max_new_tokens=max(1, info.max_context - len(token_ids)) if limit is None else limit,
                 sampling=_sampling(body, index),
                 deadline_s=self._config.request_timeout_s,
+                activity_bins=activity_bins,
+                ignore_eos=bool(body.ignore_eos),
             )
             check_request(request, info)
             requests.append(request)
+        texts = [text for text in body.echoed for _ in range(n)]
+        echoes = [self._echo(request, text, info) for request, text in zip(requests, texts, strict=False)]
         return Job(
-            engine=engine,
+            send=lambda request: self._send(pool.engine, request),
             requests=requests,
+            echoes=echoes,
             answer=Answer(
                 endpoint=endpoint, request_id=request_id, model=body.model, tokenizer=self._tokenizer
             ),
-            usage=Usage(prompt_tokens=sum(map(len, prompts)), method=method.name),
+            usage=Usage(prompt_tokens=sum(map(len, prompts)), method=method.name, choices_per_prompt=n),
             body=body,
+            timeout_s=self._config.request_timeout_s,
+            arrived=arrived,
         )
+
+    def _echo(self, request: Request, text: str | None, info: EngineInfo) -> Echo:
+        """The prompt of `request`, to be repeated; its log-probabilities are the dense model's only."""
+        if request.method.name != "dense":
+            raise ApiError(
+                "invalid_request",
+                f"echo must only be given with the method dense, got {request.method.name}: a prompt's own "
+                "log-probabilities do not depend on what is skipped, and would say nothing about it; "
+                'add "spts": {"method": "dense"}',
+                "echo",
+            )
+        token_ids = request.token_ids
+        follow = None
+        if request.sampling.logprobs is not None and len(token_ids) > 1:
+            if len(token_ids) > self._config.max_echo_tokens:
+                raise ApiError(
+                    "invalid_request",
+                    f"echo with logprobs must be of a prompt of at most {self._config.max_echo_tokens} "
+                    f"tokens, got {len(token_ids)}; send less",
+                    "echo",
+                )
+            follow = replace(
+                request,
+                request_id=f"{request.request_id}-echo",
+                token_ids=token_ids[:1],
+                follow=token_ids[1:],
+                max_new_tokens=len(token_ids) - 1,
+                sampling=Sampling(logprobs=request.sampling.logprobs),
+                activity_bins=0,
+            )
+            check_request(follow, info)
+        return Echo(text=text, token_ids=token_ids, request=follow)
 
     def _pool(self, prompt_tokens: int) -> tuple[PoolConfig, Method]:
         """The first pool whose prompts may be this long; the last one takes any."""
@@ -127,85 +197,91 @@ class Dispatcher:
         )
 
     def _chosen_method(self, body: GenerationBody, of_pool: Method) -> Method:
-        """The request's own method, else the pool's. A method without a schedule takes the configured one."""
+        """The request's own method, else the pool's. What it does not say is as the last pool of that method
+        has it; the schedule, if there is no such pool, as the last pool with one."""
         chosen = body.spts
-        if chosen is None:
+        if chosen is None or chosen.method is None:
+            if chosen is not None and (chosen.schedule is not None or chosen.seed is not None):
+                raise ApiError(
+                    "invalid_request",
+                    "spts.method must be given with a schedule or a seed, got null; add it",
+                    "spts",
+                )
             return of_pool
         data: dict[str, Any] = {"name": chosen.method}
+        if chosen.method != "dense":
+            configured = [pool.method for pool in self._config.pools if "schedule" in pool.method]
+            own = [method for method in configured if method["name"] == chosen.method]
+            if own:
+                data = dict(own[-1])
+            elif configured:
+                data["schedule"] = configured[-1]["schedule"]
         if chosen.seed is not None:
             data["seed"] = chosen.seed
         if chosen.schedule is not None:
             data["schedule"] = chosen.schedule
-        elif chosen.method != "dense":
-            configured = [pool.method for pool in self._config.pools if "schedule" in pool.method]
-            own = [method for method in configured if method["name"] == chosen.method]
-            if configured:
-                data["schedule"] = (own or configured)[-1]["schedule"]
-        return parse_method(data)
+        method = parse_method(data)
+        self._check_limits(method, own_schedule=chosen.schedule is not None)
+        return method
 
-    # -- from chunks to text ---------------------------------------------------------------------------------
-
-    async def pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """The pieces of all choices as they come. Raises what the first failing choice raises, and ends the
-        others."""
-        out: asyncio.Queue[Piece | None] = asyncio.Queue()
-
-        async def run(index: int, request: Request) -> None:
-            async with aclosing(self._choice(job, index, request)) as pieces:
-                async for piece in pieces:
-                    out.put_nowait(piece)
-
-        async def run_all() -> None:
-            try:
-                async with asyncio.timeout(self._config.request_timeout_s), asyncio.TaskGroup() as group:
-                    for index, request in enumerate(job.requests):
-                        group.create_task(run(index, request))
-            finally:
-                out.put_nowait(None)
-
-        everyone = asyncio.create_task(run_all())
-        try:
-            while (piece := await out.get()) is not None:
-                yield piece
-            await everyone
-        except TimeoutError:
-            raise EngineError(
-                "deadline",
-                f"the answer must take at most {self._config.request_timeout_s:g} s; it took longer",
-            ) from None
-        except BaseExceptionGroup as group:
-            raise _first(group) from None
-        finally:
-            everyone.cancel()
-            await asyncio.gather(everyone, return_exceptions=True)
-
-    async def _choice(self, job: Job, index: int, request: Request) -> AsyncGenerator[Piece, None]:
-        stream = TextStream(self._tokenizer, job.body.stops)
-        held = Piece(index=index, text="", num_tokens=0)
-        async with aclosing(job.engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                # The token that ended the answer has no text, whatever the tokenizer would make of it.
-                ids = chunk.token_ids[:-1] if chunk.finish_reason == "stop" else chunk.token_ids
-                text = "".join(map(stream.push, ids))
-                if chunk.finish_reason is not None:
-                    text += stream.finish()
-                held = replace(
-                    held,
-                    text=text,
-                    num_tokens=held.num_tokens + len(chunk.token_ids),
-                    logprobs=chunk.logprobs
-                    if held.logprobs is None
-                    else held.logprobs + (chunk.logprobs or ()),
-                    prefilled=held.prefilled or chunk.prefilled,
-                    finish_reason="stop" if stream.stopped else chunk.finish_reason,
+    def _check_limits(self, method: Method, *, own_schedule: bool) -> None:
+        """Raise ApiError for a choice that the configuration does not leave to requests."""
+        allowed, least = self._config.allowed_methods, self._config.min_budget_tokens
+        if method.name not in allowed:
+            names = ", ".join(allowed) or "none: this server chooses by the prompt's length"
+            raise ApiError(
+                "invalid_request",
+                f"spts.method must be one of {names}, got {method.name!r}; choose one of them",
+                "spts",
+            )
+        if not own_schedule:
+            return
+        schedule: Schedule = method.schedule  # type: ignore[attr-defined]  # dense brought none
+        for stage in schedule.stages:
+            budget = min(stage.active_tokens, stage.keep_tokens or stage.active_tokens)
+            if budget < least:
+                raise ApiError(
+                    "invalid_request",
+                    f"spts.schedule must have budgets of at least {least} tokens, got {budget} up to layer "
+                    f"{stage.last_layer}; raise it",
+                    "spts",
                 )
-                if held.text or held.finish_reason is not None:
-                    yield held
-                    held = Piece(index=index, text="", num_tokens=0)
-                if stream.stopped:
-                    return
 
     # -- engines ---------------------------------------------------------------------------------------------
+
+    async def _send(self, name: str, request: Request) -> AsyncGenerator[Chunk, None]:
+        """The answer of the engine `name`; of another replica or engine, if it is lost before its first
+        token."""
+        begun = False
+        try:
+            async with aclosing(self._engines[name].generate(request)) as chunks:
+                async for chunk in chunks:
+                    begun = True
+                    yield chunk
+            return
+        except EngineError as error:
+            other = None if begun or error.kind != "unavailable" else await self._elsewhere(name, request)
+            if other is None:
+                raise
+            logger.warning("request %s goes to engine %s: %s", request.request_id, other, error)
+        async with aclosing(self._engines[other].generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _elsewhere(self, name: str, request: Request) -> str | None:
+        """The engine itself if it has another replica that is ready, else another engine that is ready and
+        has a pool for prompts of this length, or None."""
+        if self._config.engines[name].max_replicas > 1 and await self._is_ready(name):
+            return name
+        for pool in self._config.pools:
+            fits = pool.max_prompt_tokens is None or len(request.token_ids) <= pool.max_prompt_tokens
+            if fits and pool.engine != name and await self._is_ready(pool.engine):
+                try:
+                    check_request(request, self._infos[pool.engine])
+                except EngineError:
+                    continue
+                return pool.engine
+        return None
 
     async def _info(self, name: str) -> EngineInfo:
         if name not in self._infos:
@@ -237,10 +313,3 @@ def _sampling(body: GenerationBody, index: int) -> Sampling:
         seed=None if body.seed is None else (body.seed + index + 2**63) % 2**64 - 2**63,
         logprobs=body.num_logprobs(),
     )
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first failure in a group of them."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -12,16 +12,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal
 
-from cluster.admission import check_request
+from cluster.admission import check_context, check_request, demand
 from cluster.config import EngineConfig
+from cluster.documents import Documents
 from cluster.flight import Flight
 from cluster.group import Group, RayGroup, placement_name
+from cluster.pace import Pace
 from cluster.protocol import (
     Chunk,
     EngineError,
     EngineInfo,
+    EngineStats,
     Request,
     Result,
     Step,
@@ -53,11 +57,13 @@ class Engine:
         self._flights: dict[str, Flight] = {}
         self._stepping: dict[str, Flight] = {}
         self._release: list[str] = []
+        self._pace = Pace()
         self._lost = False
         self._wake = asyncio.Event()
         self._step_loop: asyncio.Task[None] | None = None
         self._watch_task: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
+        self._step_began: float | None = None
         self.num_restarts = 0
 
     async def start(self) -> EngineInfo:
@@ -124,10 +130,30 @@ class Engine:
         raises."""
         if self._state in ("failed", "stopped"):
             raise EngineError("unavailable", f"the engine has {self._state}; replace it")
+        # A rank that hangs is restarted after step_timeout_s; this long means that the loop itself hangs.
+        if self._stalled_s > self._config.step_timeout_s + self._config.heartbeat_timeout_s:
+            raise EngineError("unavailable", "the engine's step loop stands still; replace it")
 
     async def ready(self) -> bool:
-        """Whether a request sent now would be computed."""
-        return self._state == "ready"
+        """Whether a request sent now would be computed: the ranks are there, and the step loop turns."""
+        return self._state == "ready" and self._stalled_s <= self._config.heartbeat_timeout_s
+
+    async def stats(self) -> EngineStats:
+        """What is running and waiting now, and what it takes."""
+        info, scheduler, flights = self._info, self._scheduler, self._flights.values()
+        if info is None or scheduler is None:
+            return EngineStats(running=0, waiting=0, kv_bytes=0, kv_bytes_limit=None, queued_prefill_tokens=0)
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv_bytes=sum(flight.kv_bytes for flight in flights),
+            kv_bytes_limit=info.kv_bytes_limit * info.world_size,
+            queued_prefill_tokens=sum(
+                len(flight.request.token_ids) for flight in flights if flight.prefilled is None
+            ),
+            reserved_bytes=scheduler.reserved_bytes * info.world_size,
+            document_bytes=scheduler.document_bytes * info.world_size,
+        )
 
     async def shutdown(self) -> None:
         """End the ranks; requests in flight fail with "unavailable". The engine does not start again."""
@@ -152,7 +178,11 @@ class Engine:
                 "another",
                 "request_id",
             )
-        self._scheduler.admit(request.request_id)
+        try:
+            self._scheduler.admit(demand(request, self._info))
+        except EngineError as error:
+            wait_s = self._pace.wait_s(self._scheduler.queued_flops) if error.kind == "overloaded" else None
+            raise EngineError(error.kind, error.message, error.param, wait_s) from None
         flight = Flight(request=request, arrived=time.perf_counter())
         self._flights[request.request_id] = flight
         if request.deadline_s is not None:
@@ -189,6 +219,11 @@ class Engine:
 
     # -- the step loop ---------------------------------------------------------------------------------------
 
+    @property
+    def _stalled_s(self) -> float:
+        """Age of the step that runs now; 0 between steps and while the ranks start."""
+        return 0.0 if self._step_began is None else time.perf_counter() - self._step_began
+
     async def _run_steps(self) -> None:
         try:
             while True:
@@ -199,12 +234,15 @@ class Engine:
                     self._wake.clear()
                     await self._wake.wait()
                 else:
+                    self._step_began = time.perf_counter()
                     try:
                         output = await self._group.step(step)
                     except EngineError as error:
+                        self._step_began = None
                         await self._restart(error)
                     else:
                         self._postprocess(output)
+                    self._step_began = None
         except asyncio.CancelledError:
             raise
         except Exception as error:  # the loop is the engine: whatever ends it must end the requests too
@@ -221,27 +259,39 @@ class Engine:
         release, self._release = tuple(self._release), []
         if plan is None:
             return Step(release=release) if release else None
-        start = None
-        if plan.start is not None:
-            flight = self._flights[plan.start]
-            flight.started = time.perf_counter()
-            start = flight.request
-        ids = plan.decode if plan.advance is None else (*plan.decode, plan.advance[0])
+        ids = plan.decode if plan.advance is None else (*plan.decode, plan.advance)
         self._stepping = {request_id: self._flights[request_id] for request_id in ids}
         decode = tuple((request_id, self._flights[request_id].token_ids[-1]) for request_id in plan.decode)
-        return Step(release=release, start=start, advance=plan.advance, decode=decode)
+        assert self._info is not None
+        step = Step(
+            release=release,
+            forget=plan.forget,
+            advance=None if plan.advance is None else (plan.advance, self._info.slice_flops),
+            decode=decode,
+        )
+        if plan.start is None:
+            return step
+        flight = self._flights[plan.start.request_id]
+        flight.started = time.perf_counter()
+        return replace(step, start=flight.request, reuse=plan.start.reuse, keep=plan.start.keep)
 
     def _postprocess(self, output: StepOutput) -> None:
-        assert self._info is not None
+        assert self._info is not None and self._scheduler is not None
+        now = time.perf_counter()
         for request_id, error in output.refused:
             if self._in_step(request_id):
                 self._fail(request_id, error)
-        if output.prefilled is not None and self._in_step(output.prefilled.request_id):
-            self._flights[output.prefilled.request_id].prefilled = output.prefilled
+        if output.kept is not None:  # also when its request has gone meanwhile
+            self._scheduler.kept(output.kept)
+        done = output.prefilled
+        if done is not None and self._in_step(done.request_id):
+            flight = self._flights[done.request_id]
+            flight.prefilled = done
+            self._scheduler.prefilled(done.request_id)
+            self._pace.note(done.flops - done.reused_flops, now - flight.started)
         if output.peak_memory_bytes is not None:
             for flight in self._stepping.values():
                 flight.note_peak(output.peak_memory_bytes)
-        now = time.perf_counter()
         for token in output.tokens:
             if self._in_step(token.request_id):
                 chunk = self._flights[token.request_id].accept(token, self._info.eos_token_ids, now)
@@ -259,12 +309,16 @@ class Engine:
     async def _start_group(self) -> None:
         config = self._config
         info = await self._group.start()
+        check_context(info)
         self._info = info
         self._scheduler = Scheduler(
-            num_layers=info.shape.num_layers,
-            layers_per_step=config.layers_per_step,
+            shape=info.shape,
+            documents=Documents(min(config.prefix_cache_bytes, info.kv_bytes_limit)),
+            kv_bytes_limit=info.kv_bytes_limit,
+            slice_flops=info.slice_flops,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
+            max_waiting_tokens=config.max_waiting_tokens,
         )
         self._release, self._lost, self._state = [], False, "ready"
         self._watch_task = asyncio.create_task(self._watch())

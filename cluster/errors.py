@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from starlette.responses import JSONResponse, Response
 
 from cluster.protocol import EngineError
 from spts.errors import SptsError
@@ -24,6 +27,7 @@ HTTP_ERRORS: Mapping[str, HttpError] = {
     "invalid_request": HttpError(400, "invalid_request_error", "invalid_value"),
     "unsupported_parameter": HttpError(400, "invalid_request_error", "unsupported_parameter"),
     "context_length_exceeded": HttpError(400, "invalid_request_error", "context_length_exceeded"),
+    "invalid_api_key": HttpError(401, "authentication_error", "invalid_api_key"),
     "model_not_found": HttpError(404, "invalid_request_error", "model_not_found"),
     "not_found": HttpError(404, "invalid_request_error", "not_found"),
     "method_not_allowed": HttpError(405, "invalid_request_error", "method_not_allowed"),
@@ -35,16 +39,27 @@ HTTP_ERRORS: Mapping[str, HttpError] = {
 }
 
 
-# What the library and the engine call a field, and what the API calls it.
-API_NAMES = {"token_ids": "prompt", "max_new_tokens": "max_tokens"}
+# What the library and the engine call a field, and what the API calls it; what is inside keeps its name.
+API_NAMES = {
+    "token_ids": "prompt",
+    "max_new_tokens": "max_tokens",
+    "method.name": "spts.method",
+    "method.seed": "spts.seed",
+    "method.schedule": "spts.schedule",
+    "schedule": "spts.schedule",
+    "method": "spts.method",
+}
 
 
 class ApiError(Exception):
     """A fault found in the router. kind: a key of HTTP_ERRORS. param: the request's field, if one is at
-    fault."""
+    fault. retry_after_s: in place of the row's."""
 
-    def __init__(self, kind: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, kind: str, message: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
+        self.retry_after_s = retry_after_s
         self.kind = kind
         self.message = message
         self.param = param
@@ -56,7 +71,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineError) and error.kind != "internal":
-        return _renamed(error.kind, error.message, error.param)
+        renamed = _renamed(error.kind, error.message, error.param)
+        renamed.retry_after_s = error.retry_after_s
+        return renamed
     if isinstance(error, SptsError):
         return _renamed("invalid_request", str(error), error.field)
     return ApiError("internal", f"internal error; quote request id {request_id} to the operator")
@@ -64,11 +81,29 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
 
 def _renamed(kind: str, message: str, param: str | None) -> ApiError:
     for ours, theirs in API_NAMES.items():
-        message = message.replace(ours, theirs)
-    return ApiError(kind, message, API_NAMES.get(param or "", param))
+        if param is not None and re.match(rf"{re.escape(ours)}\b", param):
+            # Where it first comes it is the field; further on it may be a word.
+            return ApiError(kind, message.replace(ours, theirs, 1), theirs + param.removeprefix(ours))
+    return ApiError(kind, message, param)
 
 
 def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
     """The JSON of an error, in a response's body or in a data chunk of a stream."""
     row = HTTP_ERRORS[error.kind]
-    return {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
+    param = None if error.param is None else _cut(error.param)
+    return {"error": {"message": _cut(error.message), "type": row.type, "param": param, "code": row.code}}
+
+
+def _cut(text: str) -> str:
+    """`text`, or its beginning and end: messages quote what the client sent, and that may be megabytes."""
+    return text if len(text) <= 1000 else f"{text[:800]} … {text[-200:]}"
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer to a request that failed before anything was sent."""
+    row = HTTP_ERRORS[error.kind]
+    retry_after_s = row.retry_after_s if error.retry_after_s is None else error.retry_after_s
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    if row.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), row.status, headers)

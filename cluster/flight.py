@@ -37,7 +37,8 @@ class Flight:
 
         eos_token_ids: the model's own end tokens; the request's stop tokens end it too.
         """
-        if not self.token_ids:
+        is_first = not self.token_ids
+        if is_first:
             self.first = now
         self.last = now
         self.token_ids.append(token.token_id)
@@ -52,10 +53,19 @@ class Flight:
             logprobs=None if token.logprobs is None else (token.logprobs,),
             finish_reason=reason,
             result=None if reason is None else self._result(reason),
-            prefilled=self.prefilled if len(self.token_ids) == 1 else None,
+            prefilled=self.prefilled if is_first else None,
+            queue_s=self.started - self.arrived if is_first else None,
         )
         self.out.put_nowait(chunk)
         return chunk
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of its cache over all ranks: the prompt's, and a whole token's for each of the answer's."""
+        if self.prefilled is None:
+            return 0
+        token_bytes = self.prefilled.dense_kv_bytes // len(self.request.token_ids)
+        return self.prefilled.kv_bytes + token_bytes * len(self.token_ids)
 
     def finish(self) -> None:
         """Hand the stream a last chunk, with the result of the tokens so far and none of its own."""
@@ -71,7 +81,8 @@ class Flight:
         latest = self.token_ids[-1]
         if self.request.follow:
             return "length" if len(self.token_ids) == len(self.request.follow) else None
-        if latest in eos_token_ids or latest in self.request.sampling.stop_token_ids:
+        ends = latest in eos_token_ids and not self.request.ignore_eos
+        if ends or latest in self.request.sampling.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) == self.request.max_new_tokens else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
@@ -83,7 +84,8 @@ class RayGroup:
         infos = await self._together(
             [rank.load.remote(address) for rank in self._ranks], config.start_timeout_s
         )
-        return infos[0]
+        # What one rank has no room for, none may begin.
+        return replace(infos[0], kv_bytes_limit=min(info.kv_bytes_limit for info in infos))
 
     async def step(self, step: Step) -> StepOutput:
         """Call every rank; see `Group`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from spts.cost import LayerWork, ModelShape
+from spts.cost import LayerWork, ModelShape, ProxyShape, dense_flops
 from spts.methods import Method
 from spts.sampling import Sampling, TokenLogprobs
 
@@ -24,20 +24,24 @@ class EngineError(Exception):
     """Why a request got no answer. Survives pickling, so it is the same on both sides of an actor call.
 
     kind: one of ERROR_KINDS; `cluster.errors` maps it to an HTTP status.
-    message: for the user. param: the request's field that is at fault, if one is.
+    message: for the user. param: the request's field that is at fault, if one is. retry_after_s: when trying
+    again may help, where that can be said.
     """
 
-    def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, kind: ErrorKind, message: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         if kind not in ERROR_KINDS:
             raise ValueError(
                 f"kind must be one of {', '.join(ERROR_KINDS)}, got {kind!r}; choose one of them"
             )
         super().__init__(
-            kind, message, param
+            kind, message, param, retry_after_s
         )  # all of them in args: that is what pickle calls the class with
         self.kind: ErrorKind = kind
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
@@ -49,9 +53,12 @@ class Request:
 
     request_id: unique among the requests in flight. max_new_tokens: at least 1.
     deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
-    prefix_tokens: the first so many tokens, fewer than all, are a text that other requests begin with too.
-    What does not depend on the tokens after them (every layer before the method's first_skip_layer) is kept
-    for those.
+    prefix_tokens: what does not depend on later tokens (every layer before the method's first_skip_layer) is
+    computed once for prompts that begin alike, as long as there is room to keep it. None = as much of the
+    prompt as has been seen before is reused, and all of it is kept. A number, smaller than that of the tokens
+    = the first so many are reused or kept, and no others.
+    activity_bins: into how many parts of the prompt to sum up what each layer computed (`Activity`); 0 = not
+    asked for. ignore_eos: the model's own end tokens do not end the answer.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
     (see Agreement); as many as max_new_tokens, or none. They all come with the first: their times say nothing
     about decoding. End tokens among them end nothing, and sampling has no say but for logprobs.
@@ -63,8 +70,21 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     deadline_s: float | None = None
-    prefix_tokens: int = 0
+    prefix_tokens: int | None = None
     follow: tuple[int, ...] = ()
+    activity_bins: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """Where in a prompt each layer computed: [layer][bin], share in % of the bin's tokens that ran the block.
+
+    Bins are equal parts of the prompt in its order, never more of them than it has tokens.
+    """
+
+    attention: tuple[tuple[int, ...], ...]
+    ffn: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +135,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """A prefill that has ended. The numbers are those of `Result`."""
+    """A prefill that has ended. The numbers are those of `Result`; activity: if it was asked for."""
 
     request_id: str
     work: tuple[LayerWork, ...]
@@ -126,12 +146,13 @@ class Prefilled:
     dense_kv_bytes: int
     reused_tokens: int = 0
     reused_flops: float = 0.0
+    activity: Activity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """New tokens of one request, in order. The last chunk, and only it, has `finish_reason` and `result`;
-    the first, and only it, has `prefilled`."""
+    the first, and only it, has `prefilled` and `queue_s`, which is that of `Result`."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -139,12 +160,36 @@ class Chunk:
     finish_reason: FinishReason | None = None
     result: Result | None = None
     prefilled: Prefilled | None = None
+    queue_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """An engine at this moment. running: requests in prefill or decoding. waiting: requests not begun.
+
+    Bytes are over all ranks. kv_bytes: of the running requests' caches, counted from the end of a prefill.
+    reserved_bytes: what requests in prefill or running may take at most. document_bytes: what is kept of
+    prompts for others. kv_bytes_limit: what the last two may take together. queued_prefill_tokens: prompt
+    tokens of the requests whose prefill has not ended.
+    """
+
+    running: int
+    waiting: int
+    kv_bytes: int
+    kv_bytes_limit: int | None
+    queued_prefill_tokens: int
+    reserved_bytes: int = 0
+    document_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank
-    0."""
+    """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank 0.
+
+    proxy: size of the model's FFN proxies; None = it has none. kv_bytes_limit: bytes on each rank for requests
+    and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many tokens; None = a
+    prefill is never sliced.
+    """
 
     model_name: str
     fingerprint: str
@@ -156,20 +201,42 @@ class EngineInfo:
     device: str
     world_size: int
     versions: dict[str, str]
-    has_proxies: bool
+    proxy: ProxyShape | None
+    kv_bytes_limit: int
+    slice_tokens: int | None
+
+    @property
+    def has_proxies(self) -> bool:
+        """Whether methods that read FFN proxies can run."""
+        return self.proxy is not None
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one element of the model's tensors."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def slice_flops(self) -> int | None:
+        """`slice_tokens` in FLOP."""
+        return None if self.slice_tokens is None else dense_flops(self.shape, self.slice_tokens).total
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What every rank of a group does next, in this order: release, start, advance, decode.
+    """What every rank of a group does next, in this order: release, forget, start, advance, decode.
 
-    release: requests whose caches are dropped. start: a request whose prefill begins. advance: the request in
-    prefill, and the number of layers to run. decode: (request id, its latest token) of every running request.
+    release: requests whose caches are dropped. forget: documents that are dropped. start: a request whose
+    prefill begins; reuse: (document, its first tokens to begin with); keep: (name of the document to leave,
+    first tokens of the prompt that it holds). advance: (the request in prefill, FLOP to run, None = all).
+    decode: (request id, its latest token) of every running request.
     """
 
     release: tuple[str, ...] = ()
+    forget: tuple[int, ...] = ()
     start: Request | None = None
-    advance: tuple[str, int] | None = None
+    reuse: tuple[int, int] | None = None
+    keep: tuple[int, int] | None = None
+    advance: tuple[str, int | None] | None = None
     decode: tuple[tuple[str, int], ...] = ()
 
 
@@ -189,6 +256,7 @@ class StepOutput:
 
     tokens: one of each request that decoded or ended its prefill; all at once of one that follows. refused:
     requests that the model would not start or cannot go on with, and why; the others are not touched.
+    kept: the document that the ended prefill was to leave.
     peak_memory_bytes: most device memory in use on rank 0 during the step; None on a CPU.
     """
 
@@ -196,3 +264,4 @@ class StepOutput:
     peak_memory_bytes: int | None = None
     prefilled: Prefilled | None = None
     refused: tuple[tuple[str, EngineError], ...] = ()
+    kept: int | None = None

@@ -7,23 +7,31 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.answers import SSE_END, Endpoint, Piece, sse
-from cluster.api import ChatBody, CompletionBody, GenerationBody, parse_body
+from cluster.api import ChatBody, CompletionBody, GenerationBody, parse_body, turns
+from cluster.choices import Job, pieces
 from cluster.config import AppConfig, resolve_path
-from cluster.dispatch import Dispatcher, EngineClient, Job
-from cluster.errors import HTTP_ERRORS, ApiError, as_api_error, error_body
+from cluster.dispatch import Dispatcher, EngineClient
+from cluster.errors import ApiError, as_api_error, error_body, error_response
+from cluster.keys import Guard, read_keys
+from cluster.metrics import Metrics
+from cluster.openapi import openapi
+from cluster.page import page_files
 from cluster.protocol import EngineError
 from cluster.tokenizer import TextTokenizer
+from cluster.tokens import DetokenizeBody, TokenizeBody
 from spts.errors import SptsError
 from spts.loading import resolve
 
@@ -32,8 +40,6 @@ logger = logging.getLogger(__name__)
 # A token of a prompt takes at most about this many bytes of JSON; a body may have so many more around them.
 BYTES_PER_TOKEN = 16
 BYTES_AROUND = 1 << 16
-# Until an engine has told its context.
-ASSUMED_CONTEXT = 1 << 17
 
 
 class Router:
@@ -41,26 +47,34 @@ class Router:
 
     def __init__(self, config: AppConfig, engines: Mapping[str, EngineClient]) -> None:
         self._config = config
+        self._keys = read_keys(config)
         self._tokenizer = TextTokenizer(resolve(resolve_path(config.model), weights=False))
+        self._metrics = Metrics()
         self._dispatcher = Dispatcher(config, engines, self._tokenizer)
         self._created = int(time.time())
 
     def app(self) -> ASGIApp:
         """The ASGI application: every answer has a request id, and every failure the same shape."""
-        app = FastAPI(title="SPTS", openapi_url=None)
+        app = FastAPI(title="SPTS", openapi_url=None)  # the document of its own would not know our bodies
         for path, route, verb in (
             ("/health", self.health, "GET"),
             ("/ready", self.ready, "GET"),
+            ("/metrics", self.metrics, "GET"),
+            ("/openapi.json", self.openapi, "GET"),
             ("/v1/models", self.models, "GET"),
             ("/v1/models/{model:path}", self.model, "GET"),
             ("/v1/completions", self.completions, "POST"),
             ("/v1/chat/completions", self.chat, "POST"),
+            ("/tokenize", self.tokenize, "POST"),
+            ("/detokenize", self.detokenize, "POST"),
         ):
             app.add_api_route(path, route, methods=[verb], response_model=None)
+        for path, file in page_files().items():
+            app.add_api_route(path, _answering(file), methods=["GET"], response_model=None)
         app.add_exception_handler(HTTPException, _no_such_route)
         for kind in (ApiError, EngineError, SptsError, Exception):
-            app.add_exception_handler(kind, _failure)
-        return RequestId(app)
+            app.add_exception_handler(kind, self._failure)
+        return RequestId(app if self._keys is None else Guard(app, self._keys, self._metrics))
 
     # -- routes ----------------------------------------------------------------------------------------------
 
@@ -74,8 +88,19 @@ class Router:
         ready = all(engines.values())
         return JSONResponse({"ready": ready, "engines": engines}, 200 if ready else 503)
 
+    async def metrics(self) -> Response:
+        """What has been measured since the router started, and what the engines do now."""
+        text = self._metrics.text(await self._dispatcher.stats())
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def openapi(self) -> JSONResponse:
+        """The endpoint in OpenAPI's terms."""
+        return JSONResponse(openapi(needs_key=self._keys is not None))
+
     async def models(self) -> JSONResponse:
         """The one model that is served."""
+        with suppress(EngineError):  # while it loads, its context is null
+            await self._dispatcher.longest()
         return JSONResponse({"object": "list", "data": [self._model_object()]})
 
     async def model(self, model: str) -> JSONResponse:
@@ -87,11 +112,8 @@ class Router:
         """POST /v1/completions."""
         body = parse_body(await self._read(http), CompletionBody)
         self._check_model(body.model)
-        # In a thread: a long text takes a while, and streams must not wait for it.
         prompts = [
-            await asyncio.to_thread(self._tokenizer.encode, prompt)
-            if isinstance(prompt, str)
-            else tuple(prompt)
+            await self._encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
             for prompt in body.prompts
         ]
         return await self._answer(http, body, prompts, "completion")
@@ -100,26 +122,73 @@ class Router:
         """POST /v1/chat/completions."""
         body = parse_body(await self._read(http), ChatBody)
         self._check_model(body.model)
-        token_ids = await asyncio.to_thread(self._tokenizer.encode_chat, body.turns)
+        messages = turns(body.messages)
+        await self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        token_ids = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
         return await self._answer(http, body, [token_ids], "chat")
+
+    async def tokenize(self, http: HttpRequest) -> JSONResponse:
+        """POST /tokenize."""
+        body = parse_body(await self._read(http), TokenizeBody)
+        self._check_model(body.model)
+        await self._check_length(body.num_characters, "messages" if body.messages else "prompt")
+        tokens = await asyncio.to_thread(body.tokens, self._tokenizer)
+        return JSONResponse(
+            {
+                "count": len(tokens),
+                "max_model_len": await self._dispatcher.longest(),
+                "tokens": tokens,
+                "token_strs": [*map(self._tokenizer.token_text, tokens)] if body.return_token_strs else None,
+            }
+        )
+
+    async def detokenize(self, http: HttpRequest) -> JSONResponse:
+        """POST /detokenize."""
+        body = parse_body(await self._read(http), DetokenizeBody)
+        self._check_model(body.model)
+        return JSONResponse({"prompt": await asyncio.to_thread(body.prompt, self._tokenizer)})
 
     # -- bodies and answers ----------------------------------------------------------------------------------
 
     async def _read(self, http: HttpRequest) -> bytes:
-        """The body, up to what the longest allowed batch of prompts could take."""
-        longest = self._dispatcher.max_context or ASSUMED_CONTEXT
+        """The body, up to what the longest allowed batch of prompts could take, and within the deadline."""
+        longest = await self._dispatcher.longest()
         limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
-        async for part in http.stream():
-            raw += part
-            if len(raw) > limit:
-                raise ApiError(
-                    "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
-                )
+        try:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                async for part in http.stream():
+                    raw += part
+                    if len(raw) > limit:
+                        raise ApiError(
+                            "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
+                        )
+        except TimeoutError:
+            limit_s = self._config.request_timeout_s
+            raise EngineError(
+                "deadline", f"the body must come within {limit_s:g} s; it took longer"
+            ) from None
+        except ClientDisconnect:  # nobody reads the answer; it is counted as what it is, not as a bug
+            raise ApiError("invalid_request", "body must come whole, got a client that left") from None
         return bytes(raw)
 
-    def _check_model(self, name: str) -> None:
-        if name != self._config.model_name:
+    async def _encode(self, text: str, param: str) -> tuple[int, ...]:
+        """In a thread: a long text takes a while, and streams must not wait for it."""
+        await self._check_length(len(text), param)
+        return await asyncio.to_thread(self._tokenizer.encode, text)
+
+    async def _check_length(self, num_characters: int, param: str) -> None:
+        """Raise ApiError for a text so far over the context that counting its tokens would cost minutes."""
+        limit = BYTES_PER_TOKEN * await self._dispatcher.longest()
+        if num_characters > limit:
+            raise ApiError(
+                "payload_too_large",
+                f"{param} must be at most {limit} characters, got {num_characters}; send less",
+                param,
+            )
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self._config.model_name):
             raise ApiError(
                 "model_not_found",
                 f"model must be {self._config.model_name}, got {name!r}; see /v1/models",
@@ -130,18 +199,53 @@ class Router:
         self, http: HttpRequest, body: GenerationBody, prompts: list[tuple[int, ...]], endpoint: Endpoint
     ) -> Response:
         # An id of our own: the one in the header may be the client's, and used twice.
-        job = await self._dispatcher.job(body, prompts, endpoint, uuid.uuid4().hex)
-        pieces = self._dispatcher.pieces(job)
+        job = await self._dispatcher.job(
+            body, prompts, endpoint, request_id=uuid.uuid4().hex, arrived=http.scope["state"]["arrived"]
+        )
+        answer = pieces(job, self._tokenizer, self._metrics)
         if not body.stream:
             choices: list[list[Piece]] = [[] for _ in job.requests]
-            async with aclosing(pieces):
-                async for piece in pieces:
+            async with aclosing(answer):
+                async for piece in answer:
                     job.usage.add(piece)
                     choices[piece.index].append(piece)
             return JSONResponse(job.answer.whole(choices, job.usage))
         # The first piece comes before the response begins: what fails until then has a status of its own.
-        first = await anext(pieces)
-        return StreamingResponse(_events(job, first, pieces, _id(http)), media_type="text/event-stream")
+        first = await anext(answer)
+        return StreamingResponse(self._events(job, first, answer, _id(http)), media_type="text/event-stream")
+
+    async def _events(
+        self, job: Job, first: Piece, rest: AsyncGenerator[Piece, None], request_id: str
+    ) -> AsyncIterator[bytes]:
+        """The stream of a job. A failure is an error object in a data chunk, then the end, without [DONE]."""
+        begun: set[int] = set()
+        options = job.body.stream_options
+        try:
+            async with aclosing(rest):
+                piece: Piece | None = first
+                while piece is not None:
+                    job.usage.add(piece)
+                    is_first = piece.index not in begun
+                    yield sse(job.answer.chunk(piece, first=is_first, options=options, usage=job.usage))
+                    begun.add(piece.index)
+                    piece = await anext(rest, None)
+            if options is not None and options.include_usage:
+                yield sse(job.answer.usage_chunk(job.usage))
+            yield SSE_END
+        except Exception as error:  # the status is sent: all that is left is to say it in the stream
+            yield sse(error_body(self._count(error, request_id)))
+
+    # -- failures --------------------------------------------------------------------------------------------
+
+    async def _failure(self, http: HttpRequest, error: Exception) -> Response:
+        return error_response(self._count(error, _id(http)))
+
+    def _count(self, error: Exception, request_id: str) -> ApiError:
+        known = as_api_error(error, request_id)
+        self._metrics.fail(known.kind)
+        if known.kind == "internal":
+            logger.error("request %s failed", request_id, exc_info=error)
+        return known
 
     def _model_object(self) -> dict[str, Any]:
         return {
@@ -153,52 +257,19 @@ class Router:
         }
 
 
-async def _events(
-    job: Job, first: Piece, rest: AsyncGenerator[Piece, None], request_id: str
-) -> AsyncIterator[bytes]:
-    """The stream of a job. A failure is an error object in a data chunk, then the end, without [DONE]."""
-    begun: set[int] = set()
-    include_usage = job.body.include_usage
-    try:
-        async with aclosing(rest):
-            piece: Piece | None = first
-            while piece is not None:
-                job.usage.add(piece)
-                yield sse(
-                    job.answer.chunk(piece, first=piece.index not in begun, include_usage=include_usage)
-                )
-                begun.add(piece.index)
-                piece = await anext(rest, None)
-        if include_usage:
-            yield sse(job.answer.usage_chunk(job.usage))
-        yield SSE_END
-    except Exception as error:  # the status is sent: all that is left is to say it in the stream
-        yield sse(error_body(_log(error, request_id)))
+def _answering(file: Response) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        return file
 
-
-def _log(error: Exception, request_id: str) -> ApiError:
-    known = as_api_error(error, request_id)
-    if known.kind == "internal":
-        logger.error("request %s failed", request_id, exc_info=error)
-    return known
-
-
-async def _failure(http: HttpRequest, error: Exception) -> Response:
-    return _error_response(_log(error, _id(http)))
+    return answer
 
 
 async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return _error_response(
+    return error_response(
         ApiError(kind, f"route must exist, got {http.method} {http.url.path}; see the README")
     )
-
-
-def _error_response(error: ApiError) -> Response:
-    row = HTTP_ERRORS[error.kind]
-    headers = {} if row.retry_after_s is None else {"Retry-After": str(row.retry_after_s)}
-    return JSONResponse(error_body(error), row.status, headers)
 
 
 def _id(http: HttpRequest) -> str:
@@ -223,7 +294,7 @@ class RequestId:
             return
         given = dict(scope["headers"]).get(b"x-request-id")
         request_id = uuid.uuid4().hex if given is None else given.decode("latin-1")
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.perf_counter())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start" and given is None:

@@ -1,47 +1,109 @@
-"""Who runs in the next step. Pure Python: no torch, no ray, no clock.
+"""Who runs in the next step, and in which memory. Pure Python: no torch, no ray, no clock.
 
-First come, first served; one prefill at a time, in slices of layers, so that running requests get a token
-between two slices; every running request decodes in every step. A request is waiting, then in prefill, then
-running.
+A request is waiting, then in prefill, then running. Its bytes are reserved when its prefill starts and are
+free when it is released. What is left of the limit holds documents (`cluster.documents`), which go when a
+request needs their room.
+
+Every running request decodes in every step, and every step runs at most one slice of one prefill. The oldest
+prefill goes on until it ends; beside it there may be one that has less to do than the oldest has left, and
+then the two take turns. So a short prompt never waits for all of a long one, and a long one gets at least
+every other slice, whoever comes. Requests start in the order they came in, but for those that start beside a
+prefill. When no prefill is under way, the first in the queue is the next to start, and nobody passes it while
+it waits for memory: running requests end, so it starts.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cluster.documents import LEAST_TOKENS, Document, Documents
 from cluster.protocol import EngineError
+from spts.cost import ModelShape, reused_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a request takes.
+
+    kv_bytes: the most it holds on a rank at any time. flops: of its prefill. depth: layers that run all of
+    its tokens; document_bytes: of one token kept after them, on a rank. prefix_tokens: as in
+    `cluster.protocol.Request`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    kv_bytes: int
+    flops: int
+    depth: int = 0
+    document_bytes: int = 0
+    prefix_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A prefill that begins. reuse: (a document, tokens of it to begin with). keep: (name of the document to
+    leave, first tokens of the prompt that it holds)."""
+
+    request_id: str
+    reuse: tuple[int, int] | None = None
+    keep: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One step. start: the request whose prefill begins with it. advance: (request in prefill, layers to
-    run).
+    """One step. forget: documents that are dropped first. start: the prefill that begins with it. advance:
+    the request whose prefill gets a slice. decode: running requests, in the order their prefills ended."""
 
-    decode: running requests, in the order they were admitted.
-    """
+    forget: tuple[int, ...] = ()
+    start: Start | None = None
+    advance: str | None = None
+    decode: tuple[str, ...] = ()
 
-    start: str | None
-    advance: tuple[str, int] | None
-    decode: tuple[str, ...]
+
+@dataclass(kw_only=True)
+class _Prefill:
+    """reads: the document it began with. leaves: the one it will leave."""
+
+    demand: Demand
+    flops_left: int
+    reads: Document | None
+    leaves: Document | None
 
 
 class Scheduler:
     """Admits, plans and releases requests.
 
-    num_layers: of the model. layers_per_step: size of a prefill's slice. max_running: requests in prefill or
-    running at once. max_waiting: requests that may queue beyond them; one more is refused.
+    shape: the model's. kv_bytes_limit: what requests and documents may take on a rank; None = any.
+    slice_flops: of a prefill's slice, None = a prefill is never sliced. max_running: requests in prefill or
+    running at once. max_waiting: requests that may queue beyond them. max_waiting_tokens: prompt tokens of
+    those that wait; a prompt longer than that may wait alone.
     """
 
-    def __init__(self, *, num_layers: int, layers_per_step: int, max_running: int, max_waiting: int) -> None:
-        self._num_layers = num_layers
-        self._layers_per_step = layers_per_step
+    def __init__(
+        self,
+        *,
+        shape: ModelShape,
+        documents: Documents,
+        kv_bytes_limit: int | None,
+        slice_flops: int | None,
+        max_running: int,
+        max_waiting: int,
+        max_waiting_tokens: int,
+    ) -> None:
+        self._shape = shape
+        self._documents = documents
+        self._limit = kv_bytes_limit
+        self._slice_flops = slice_flops
         self._max_running = max_running
         self._max_waiting = max_waiting
-        self._waiting: deque[str] = deque()
-        self._prefill: str | None = None
-        self._layers_done = 0
-        self._running: list[str] = []
+        self._max_waiting_tokens = max_waiting_tokens
+        self._waiting: dict[str, Demand] = {}
+        self._prefills: dict[str, _Prefill] = {}
+        self._running: dict[str, Demand] = {}
+        self._ended: list[_Prefill] = []
+        self._second_next = False
+        self.reserved_bytes = 0
 
     @property
     def num_waiting(self) -> int:
@@ -51,53 +113,165 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests in prefill or running."""
-        return len(self._running) + (self._prefill is not None)
+        return len(self._prefills) + len(self._running)
 
-    def admit(self, request_id: str) -> None:
-        """Queue a new request. Raises EngineError "overloaded" when max_running + max_waiting are in
-        flight."""
+    @property
+    def document_bytes(self) -> int:
+        """Bytes of the documents on each rank."""
+        return self._documents.num_bytes
+
+    @property
+    def queued_flops(self) -> int:
+        """FLOP of the prefills that have not begun, and what is left of those that have."""
+        waiting = sum(demand.flops for demand in self._waiting.values())
+        return waiting + sum(prefill.flops_left for prefill in self._prefills.values())
+
+    def admit(self, demand: Demand) -> None:
+        """Queue a new request. Raises EngineError: "overloaded" when the queue is full,
+        "context_length_exceeded" when it would not fit into an empty engine."""
+        if self._limit is not None and demand.kv_bytes > self._limit:
+            raise too_large(demand.kv_bytes, self._limit)
         limit = self._max_running + self._max_waiting
         if self.num_running + self.num_waiting >= limit:
             raise EngineError(
                 "overloaded",
                 f"requests in flight must be at most {limit} ({self._max_running} running and "
-                f"{self._max_waiting} "
-                f"waiting), got one more; retry later",
+                f"{self._max_waiting} waiting), got one more; retry later",
             )
-        self._waiting.append(request_id)
+        tokens = sum(len(each.token_ids) for each in self._waiting.values())
+        if tokens and tokens + len(demand.token_ids) > self._max_waiting_tokens:
+            raise EngineError(
+                "overloaded",
+                f"prompt tokens waiting must be at most {self._max_waiting_tokens}, got {tokens} and "
+                f"{len(demand.token_ids)} more; retry later",
+            )
+        self._waiting[demand.request_id] = demand
 
     def release(self, request_id: str) -> None:
         """Forget a request wherever it is: finished, aborted or failed. Unknown ids are ignored."""
-        if request_id == self._prefill:
-            self._prefill = None
+        if request_id in self._waiting:
+            del self._waiting[request_id]
+        elif request_id in self._prefills:
+            prefill = self._prefills.pop(request_id)
+            self._ended.append(prefill)  # until the ranks have heard of it, they read and leave documents
+            self.reserved_bytes -= prefill.demand.kv_bytes
         elif request_id in self._running:
-            self._running.remove(request_id)
-        elif request_id in self._waiting:
-            self._waiting.remove(request_id)
+            self.reserved_bytes -= self._running.pop(request_id).kv_bytes
+
+    def prefilled(self, request_id: str) -> None:
+        """The prefill has ended: the request decodes from the next step on."""
+        prefill = self._prefills.pop(request_id)
+        self._running[request_id] = prefill.demand
+        if prefill.reads is not None:
+            self._documents.use(prefill.reads, -1)
+
+    def kept(self, document: int) -> None:
+        """The ranks hold a document that a prefill was to leave."""
+        self._documents.keep(document)
 
     def schedule(self) -> Plan | None:
-        """The next step, or None when there is nothing to do. The caller carries it out before asking again.
+        """The next step, or None when there is nothing to do. The caller carries it out, and tells what came
+        of it (`kept`, `prefilled`, `release`), before it asks again.
 
-        Worked example: 8 layers, slices of 4, requests a and b admitted, no end in sight for either.
+        Worked example: requests a, then b of the same size, slices of half a prefill, no end in sight.
 
-            step 1: start a, advance (a, 4)                  step 3: start b, advance (b, 4), decode (a)
-            step 2: advance (a, 4); a's first token          step 4: advance (b, 4), decode (a); b's first
-            token
-                                                             step 5: decode (a, b)
+            step 1: start a, advance a                    step 3: start b, advance b, decode (a)
+            step 2: advance a; a's first token            step 4: advance b, decode (a); b's first token
+                                                          step 5: decode (a, b)
+
+        A short c that comes after step 1 starts in step 2, beside a, and has its first token then.
         """
+        for prefill in self._ended:
+            if prefill.reads is not None:
+                self._documents.use(prefill.reads, -1)
+            if prefill.leaves is not None:
+                self._documents.abandon(prefill.leaves.name)
+        self._ended = []
         decode = tuple(self._running)
-        start = None
-        if self._prefill is None and self._waiting and len(self._running) < self._max_running:
-            start = self._prefill = self._waiting.popleft()
-            self._layers_done = 0
-        advance = None
-        if self._prefill is not None:
-            num_layers = min(self._layers_per_step, self._num_layers - self._layers_done)
-            advance = (self._prefill, num_layers)
-            self._layers_done += num_layers
-            if self._layers_done == self._num_layers:
-                self._running.append(self._prefill)
-                self._prefill = None
-        if advance is None and not decode:
+        start = self._start()
+        advance = self._turn()
+        forget = self._documents.take_forgotten()
+        if advance is None and not decode and not forget:
             return None
-        return Plan(start=start, advance=advance, decode=decode)
+        return Plan(forget=forget, start=start, advance=advance, decode=decode)
+
+    def _turn(self) -> str | None:
+        if not self._prefills:
+            return None
+        oldest, *beside = self._prefills
+        chosen = beside[0] if beside and self._second_next else oldest
+        self._second_next = chosen == oldest
+        if self._slice_flops is not None:
+            prefill = self._prefills[chosen]
+            prefill.flops_left = max(0, prefill.flops_left - self._slice_flops)
+        return chosen
+
+    def _start(self) -> Start | None:
+        if not self._waiting or self.num_running >= self._max_running:
+            return None
+        first = next(iter(self._waiting.values()))
+        candidates: Iterable[Demand] = [first]
+        if self._prefills:
+            (oldest, *beside) = self._prefills.values()
+            if beside or self._slice_flops is None:
+                return None
+            candidates = [each for each in self._waiting.values() if each.flops < oldest.flops_left]
+        for demand in candidates:
+            if self._fits(demand):
+                self._second_next = bool(self._prefills)  # who starts beside another goes at once
+                return self._begin(demand)
+        return None
+
+    def _fits(self, demand: Demand) -> bool:
+        documents = self._documents
+        in_use = documents.num_bytes - documents.free_bytes
+        return self._limit is None or self.reserved_bytes + demand.kv_bytes + in_use <= self._limit
+
+    def _begin(self, demand: Demand) -> Start:
+        """Reserve the memory of a request that fits, and see what it can reuse and what it will leave."""
+        documents = self._documents
+        del self._waiting[demand.request_id]
+        self.reserved_bytes += demand.kv_bytes
+        given = demand.prefix_tokens
+        limit = len(demand.token_ids) - 1 if given is None else given
+        reads, length = documents.find(demand.token_ids, demand.depth, limit)
+        if length < (LEAST_TOKENS if given is None else given):
+            reads, length = None, 0
+        if reads is not None:
+            documents.use(reads, 1)
+        room = documents.max_bytes
+        if self._limit is not None:
+            room = min(room, self._limit - self.reserved_bytes)
+        if reads is not None and documents.num_bytes - documents.free_bytes > room:
+            documents.use(reads, -1)  # there is no room for both
+            reads, length = None, 0
+        documents.shrink(room)
+        leaves = None
+        num_bytes = (limit - length) * demand.document_bytes
+        enough = limit - length >= (LEAST_TOKENS if given is None else 1)
+        if demand.depth and enough and num_bytes <= room - documents.num_bytes + documents.free_bytes:
+            documents.shrink(room - num_bytes)
+            leaves = documents.reserve(
+                demand.token_ids[length:limit], demand.depth, reads, length, num_bytes
+            )
+        self._prefills[demand.request_id] = _Prefill(
+            demand=demand,
+            flops_left=demand.flops - reused_flops(self._shape, length, demand.depth),
+            reads=reads,
+            leaves=leaves,
+        )
+        return Start(
+            request_id=demand.request_id,
+            reuse=None if reads is None else (reads.name, length),
+            keep=None if leaves is None else (leaves.name, limit),
+        )
+
+
+def too_large(kv_bytes: int, limit: int) -> EngineError:
+    """Why a request is refused that no waiting would help."""
+    return EngineError(
+        "context_length_exceeded",
+        f"prompt + max_new_tokens must fit into {limit} bytes of KV memory on each rank, got {kv_bytes} "
+        "bytes; shorten the prompt, ask for fewer tokens, or skip more of them",
+        "max_new_tokens",
+    )

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from spts.model import SptsModel
 
 _LOOPBACK = "127.0.0.1"
+# Of the memory that is free: on a GPU all but what libraries take later, on a CPU machine what leaves room
+# for other engines, object stores and page caches.
+_GPU_SHARE = 0.9
+_CPU_SHARE = 0.2
 
 
 class TorchCollective:
@@ -185,8 +189,19 @@ class Shard:
             device=self._config.device,
             world_size=self._world_size,
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
-            has_proxies=model.proxies is not None,
+            proxy=None if model.proxies is None else model.proxies.shape,
+            kv_bytes_limit=self._config.kv_cache_bytes or self._free_bytes(),
+            slice_tokens=self._config.slice_tokens,
         )
+
+    def _free_bytes(self) -> int:
+        """This rank's part of the memory that is free now, with the model in it."""
+        import psutil
+        import torch
+
+        if self._config.device == "cuda":
+            return int(_GPU_SHARE * torch.cuda.mem_get_info()[0])
+        return int(_CPU_SHARE * psutil.virtual_memory().available / self._world_size)
 
     @property
     def _loaded(self) -> SptsModel:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.activity import summed_up
 from cluster.admission import as_engine_error
 from cluster.config import EngineConfig
 from cluster.kept import Kept
@@ -22,7 +23,8 @@ from spts.agreement import compare
 from spts.cache import RaggedCache
 from spts.errors import SptsError
 from spts.methods import Dense
-from spts.model import Prefill, PrefillState, SptsModel
+from spts.model import SptsModel
+from spts.prefill import Prefill, PrefillState
 from spts.prefix import Prefix
 from spts.request import digest
 from spts.sampling import make_generator, sample, token_logprobs
@@ -30,11 +32,13 @@ from spts.sampling import make_generator, sample, token_logprobs
 
 @dataclass(kw_only=True)
 class Prefilling:
-    """A request in prefill. dense_NV: what to compare it with, if it follows; rank 0 alone has the rows."""
+    """A request in prefill. dense_NV: what to compare it with, if it follows; rank 0 alone has the rows.
+    document: name of what it leaves for others."""
 
     request: Request
     state: PrefillState
     dense_NV: Tensor | None
+    document: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -54,7 +58,7 @@ class Stepper:
         self._rank = rank
         self._world_size = config.tensor_parallel_size
         self._references: Kept[Tensor] = Kept(config.reference_cache_bytes)
-        self._prefixes: Kept[Prefix] = Kept(config.prefix_cache_bytes)
+        self._documents: dict[int, Prefix] = {}
         self._prefills: dict[str, Prefilling] = {}
         self._running: dict[str, Running] = {}
 
@@ -63,9 +67,11 @@ class Stepper:
         for request_id in step.release:
             self._prefills.pop(request_id, None)
             self._running.pop(request_id, None)
+        for document in step.forget:
+            del self._documents[document]
         answer = Answer()
         if step.start is not None:
-            self._start(step.start, answer)
+            self._start(step.start, step.reuse, step.keep, answer)
         on_gpu = self._model.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._model.device)
@@ -78,14 +84,19 @@ class Stepper:
         peak = torch.cuda.max_memory_allocated(self._model.device) if on_gpu else None
         return answer.output(peak)
 
-    def _start(self, request: Request, answer: Answer) -> None:
+    def _start(
+        self, request: Request, reuse: tuple[int, int] | None, keep: tuple[int, int] | None, answer: Answer
+    ) -> None:
+        document, reuse_tokens = reuse or (None, None)
+        leaves, keep_prefix = keep or (None, 0)
         try:
-            prefix, keep_prefix = self._prefix(request)
             state = self._model.start_prefill(
                 request.token_ids,
                 request.method,
+                trace=request.activity_bins > 0,
                 max_new_tokens=request.max_new_tokens,
-                prefix=prefix,
+                prefix=None if document is None else self._documents[document],
+                reuse_tokens=reuse_tokens,
                 keep_prefix=keep_prefix,
             )
         except SptsError as error:
@@ -94,32 +105,17 @@ class Stepper:
             return
         # Before the request's own layers, so that neither holds memory while the other runs.
         dense_NV = self._reference(request) if request.follow else None
-        self._prefills[request.request_id] = Prefilling(request=request, state=state, dense_NV=dense_NV)
-
-    def _prefix(self, request: Request) -> tuple[Prefix | None, int]:
-        """What is kept of the request's prefix, or how many tokens of it to keep for others. The same on
-        every rank: it follows from the requests so far and from sizes that all ranks share."""
-        num_tokens = request.prefix_tokens
-        depth = request.method.schedule_for(len(self._model.layers)).first_skip_layer
-        if num_tokens == 0 or depth == 0:
-            return None, 0
-        kept = self._prefixes.get((digest(request.token_ids[:num_tokens]), depth))
-        num_bytes = cost.prefix_bytes(
-            self._model.shape,
-            num_tokens,
-            depth,
-            dtype_bytes=self._model.dtype.itemsize,
-            world_size=self._world_size,
+        self._prefills[request.request_id] = Prefilling(
+            request=request, state=state, dense_NV=dense_NV, document=leaves
         )
-        return kept, num_tokens if kept is None and num_bytes <= self._prefixes.max_bytes else 0
 
-    def _advance(self, request_id: str, num_layers: int, answer: Answer) -> None:
+    def _advance(self, request_id: str, flops: int | None, answer: Answer) -> None:
         if request_id not in self._prefills:  # refused a moment ago
             return
         prefilling = self._prefills[request_id]
         request, state = prefilling.request, prefilling.state
         try:
-            done = self._model.advance(state, num_layers)
+            done = self._model.advance(state, flops)
         except SptsError as error:  # scores that are no numbers, found on every rank at once: see spts.select
             del self._prefills[request_id]
             answer.refused.append((request_id, EngineError("internal", str(error))))
@@ -128,8 +124,10 @@ class Stepper:
             return
         assert state.result is not None
         del self._prefills[request_id]
-        if (kept := state.kept) is not None:
-            self._prefixes.put((kept.token_digest, kept.depth), kept, kept.num_bytes)
+        if prefilling.document is not None:
+            assert state.kept is not None, "what was to be kept is there at the end"
+            self._documents[prefilling.document] = state.kept
+            answer.kept = prefilling.document
         if self._rank == 0:
             answer.prefilled = self._prefilled(request, state)
         if prefilling.dense_NV is not None:
@@ -208,6 +206,7 @@ class Stepper:
             flops=cost.prefill_flops(model.shape, state.work, proxy).total,
             dense_flops=cost.dense_flops(model.shape, num_tokens).total,
             dense_kv_bytes=cost.dense_kv_bytes(model.shape, num_tokens, model.dtype.itemsize),
+            activity=summed_up(state.trace, num_tokens, request.activity_bins) if state.tracing else None,
             reused_tokens=state.reused_tokens,
             reused_flops=cost.reused_flops(model.shape, state.reused_tokens, state.schedule.first_skip_layer),
         )
@@ -219,6 +218,7 @@ class Answer:
     def __init__(self) -> None:
         self.tokens: list[NewToken] = []
         self.prefilled: Prefilled | None = None
+        self.kept: int | None = None
         self.refused: list[tuple[str, EngineError]] = []
 
     def output(self, peak_memory_bytes: int | None) -> StepOutput:
@@ -227,5 +227,6 @@ class Answer:
             tokens=tuple(self.tokens),
             prefilled=self.prefilled,
             refused=tuple(self.refused),
+            kept=self.kept,
             peak_memory_bytes=peak_memory_bytes,
         )

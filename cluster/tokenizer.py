@@ -49,15 +49,25 @@ class TextTokenizer:
         """Whether `encode_chat` can be used."""
         return self._template is not None
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with whatever the tokenizer adds to one."""
-        return self._ids(text)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt, with whatever the tokenizer adds to one unless told otherwise."""
+        # A batch of one: unlike `encode` it lets go of the GIL, so a long text keeps no other thread waiting.
+        return tuple(self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+    ) -> tuple[int, ...]:
         """Token ids of a conversation through the chat template. Raises RequestError, see `render_chat`."""
-        return self._ids(self.render_chat(messages), add_special_tokens=False)
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
         """A conversation through the chat template, up to where the assistant begins to speak. It has all of
         its special tokens: `encode` would add some again.
 
@@ -70,7 +80,10 @@ class TextTokenizer:
                 field="messages",
             )
         try:
-            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._special))
+            text = self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._special
+            )
+            return str(text)
         except TemplateError as error:
             raise RequestError(
                 f"messages must suit the model's chat template, got {error}; change roles or order",
@@ -78,9 +91,9 @@ class TextTokenizer:
                 field="messages",
             ) from None
 
-    def _ids(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        # A batch of one: unlike `encode` it lets go of the GIL, so a long text keeps no other thread waiting.
-        return tuple(self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def special_ids(self, texts: Sequence[str]) -> tuple[int, ...]:
         """Token ids of those texts that are special tokens, such as "<|im_end|>"."""
@@ -91,7 +104,7 @@ class TextTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token on its own; U+FFFD stands for bytes that are only part of a character."""
-        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+        return self.text([token_id])
 
 
 class TextStream:
@@ -106,6 +119,11 @@ class TextStream:
         self._stop = tuple(stop)
         self._sent = 0
         self.stopped = False
+
+    @property
+    def position(self) -> int:
+        """Where in the answer's text the next token's begins, in characters."""
+        return len(self._decoded)
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; it may be none, or reach back over several tokens.

@@ -176,7 +176,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
         tensor_parallel_size=args.tensor_parallel_size,
         proxies=args.proxies,
         num_threads=args.threads,
-        layers_per_step=shape.num_layers,  # a prompt alone is never sliced
+        slice_tokens=None,  # a prompt alone is never sliced
     )
     with connected():
         engine = start_engine(config)

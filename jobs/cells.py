@@ -78,7 +78,7 @@ class ModelPlan:
             model=self.source,
             proxies=self.proxies,
             max_running=max(8, sweep.engine.in_flight),
-            layers_per_step=self.shape.num_layers if alone else 4,
+            **({"slice_tokens": None} if alone else {}),
             prefix_cache_bytes=max(usual, sweep.engine.in_flight * prefix_bytes),
         )
 

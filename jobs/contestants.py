@@ -166,6 +166,7 @@ class OnEngine:
             token_ids=tuple(prompt),
             method=self._method,
             max_new_tokens=len(follow) + 1,
+            prefix_tokens=0,  # each run computes all of the prompt
         )
         result = ray.get(self._engine.run.remote(request))
         num_decoded = len(result.token_ids) - 1

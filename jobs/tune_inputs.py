@@ -124,7 +124,7 @@ def engine_config(args: argparse.Namespace, model: Model, samples: Samples) -> E
         "device": args.device,
         "num_threads": args.threads,
         "tensor_parallel_size": args.tensor_parallel_size,
-        "layers_per_step": model.shape.num_layers,  # one prompt at a time: nobody waits for a slice's end
+        "slice_tokens": None,  # one prompt at a time: nobody waits for a slice's end
         "reference_cache_bytes": followed * model.shape.vocab_size * _LOGIT_BYTES,
     }
     return parse(options, EngineConfig, source="engine")

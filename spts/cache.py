@@ -18,11 +18,11 @@ class LayerCache:
     Example: a layer that computed the prompt tokens 0, 3 and 7 of 8 holds 3 rows; after two decoded tokens it
     holds 5, at the positions 0, 3, 7, 8, 9.
 
-    before: keys and values of the prompt's first tokens where another prompt has computed them; they are
-    copied in when the rest of the prompt is stored.
+    before: keys and values of the prompt's first tokens where other prompts have computed them, piece by
+    piece; they are copied in when the first of the prompt's own rows are stored.
     """
 
-    def __init__(self, *, room_tokens: int, before: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, *, room_tokens: int, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         self.room_tokens = room_tokens
         self._before = before
         self.num_tokens = 0
@@ -30,31 +30,29 @@ class LayerCache:
         self._keys_CKd: Tensor | None = None
         self._values_CKd: Tensor | None = None
 
-    def fill(self, k_PKd: Tensor, v_PKd: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the prompt's rows and returns them as stored. Called once, by prefill."""
-        assert self._keys_CKd is None, "a layer's prompt is stored once"
-        before, self._before = self._before, None
-        num_before = 0 if before is None else before[0].shape[0]
-        num_tokens = num_before + k_PKd.shape[0]
-        if num_before == self.room_tokens == 0:
-            self._keys_CKd, self._values_CKd = k_PKd, v_PKd
-        else:
-            capacity = num_tokens + self.room_tokens
-            self._keys_CKd = k_PKd.new_empty(capacity, *k_PKd.shape[1:])
-            self._values_CKd = v_PKd.new_empty(capacity, *v_PKd.shape[1:])
-            if before is not None:
-                self._keys_CKd[:num_before], self._values_CKd[:num_before] = before
-                first = torch.arange(num_before, device=positions_P.device)
-                positions_P = torch.cat((first, positions_P))
-            self._keys_CKd[num_before:num_tokens] = k_PKd
-            self._values_CKd[num_before:num_tokens] = v_PKd
-        self.num_tokens = num_tokens
+    def fill(self, k_MKd: Tensor, v_MKd: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the first rows of the prompt's own tokens, which are at `positions_P`, and returns what is
+        stored. Called once, by prefill; where M < P, `append` takes the others."""
+        assert self._keys_CKd is None, "a layer's prompt is begun once"
+        before, self._before = self._before, ()
+        num_before = sum(k_SKd.shape[0] for k_SKd, _ in before)
+        num_rows, num_own = k_MKd.shape[0], positions_P.shape[0]
         self.prompt_positions_P = positions_P
-        return self.rows()
+        if before:
+            first = torch.arange(num_before, device=positions_P.device)
+            self.prompt_positions_P = torch.cat((first, positions_P))
+        capacity = num_before + num_own + self.room_tokens
+        if capacity == num_rows:  # nothing comes before or after them: no copy
+            self._keys_CKd, self._values_CKd, self.num_tokens = k_MKd, v_MKd, num_rows
+            return self.rows()
+        self._keys_CKd = k_MKd.new_empty(capacity, *k_MKd.shape[1:])
+        self._values_CKd = v_MKd.new_empty(capacity, *v_MKd.shape[1:])
+        for k_SKd, v_SKd in before:
+            self.append(k_SKd, v_SKd)
+        return self.append(k_MKd, v_MKd)
 
     def append(self, k_MKd: Tensor, v_MKd: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores M tokens that come after the prompt and returns everything stored, keys and values
-        [L, K, d].
+        """Stores M tokens that come next and returns everything stored, keys and values [L, K, d].
 
         Raises ValueError when they do not fit into the room asked for at prefill.
         """
@@ -71,11 +69,10 @@ class LayerCache:
         self.num_tokens = num_tokens
         return self.rows()
 
-    def store(self, k_MKd: Tensor, v_MKd: Tensor, positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the prompt's rows, or, when they are there, rows that come after it. Returns everything
-        stored."""
+    def store(self, k_MKd: Tensor, v_MKd: Tensor, positions_P: Tensor) -> tuple[Tensor, Tensor]:
+        """`fill` with the first rows of a prompt, `append` with any later ones."""
         if self._keys_CKd is None:
-            return self.fill(k_MKd, v_MKd, positions_M)
+            return self.fill(k_MKd, v_MKd, positions_P)
         return self.append(k_MKd, v_MKd)
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +104,7 @@ class LayerCache:
 class RaggedCache:
     """One request's cache: a `LayerCache` per layer, and the position the next token will have.
 
-    before: of the first layers, what another prompt has computed of this one's first tokens.
+    before: of the first layers, what other prompts have computed of this one's first tokens.
     """
 
     def __init__(
@@ -116,10 +113,10 @@ class RaggedCache:
         num_layers: int,
         prompt_tokens: int,
         room_tokens: int,
-        before: Sequence[tuple[Tensor, Tensor]] = (),
+        before: Sequence[Sequence[tuple[Tensor, Tensor]]] = (),
     ) -> None:
         self.layers = [
-            LayerCache(room_tokens=room_tokens, before=before[layer] if layer < len(before) else None)
+            LayerCache(room_tokens=room_tokens, before=before[layer] if layer < len(before) else ())
             for layer in range(num_layers)
         ]
         self.prompt_tokens = prompt_tokens

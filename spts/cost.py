@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isqrt
 
 from spts.errors import config_error, require_int
 from spts.schedule import Schedule
@@ -212,12 +213,13 @@ def prefill_flops(shape: ModelShape, work: Sequence[LayerWork], proxy: ProxyShap
             "proxy", "be given when a layer ran its proxy", "None", "pass the proxies' ProxyShape"
         )
     return Flops(
-        layers=tuple(_layer_flops(shape, layer, proxy) for layer in work),
+        layers=tuple(layer_flops(shape, layer, proxy) for layer in work),
         lm_head=2 * shape.hidden_size * shape.vocab_size,
     )
 
 
-def _layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) -> LayerFlops:
+def layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) -> LayerFlops:
+    """FLOP of one layer that did `work`; a proxy without a size costs nothing."""
     q_row = 2 * shape.hidden_size * shape.num_heads * shape.head_dim
     kv_row = 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
     attended = 2 * shape.num_heads * shape.head_dim
@@ -245,29 +247,40 @@ def dense_flops(shape: ModelShape, num_tokens: int) -> Flops:
     return prefill_flops(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens))
 
 
+def rows_flops(shape: ModelShape, before: int, rows: int) -> int:
+    """FLOP of `rows` tokens in one dense layer, when `before` tokens come before them.
+
+    R rows pass the linear layers. They attend to what they and the P tokens before them see, 2 H d
+    ((P + R)^2 - P^2) by the count above:
+
+        R * (4 D H d + 4 D Hk d + 6 D F) + 2 H d ((P + R)^2 - P^2)
+
+    Example: one token, alone in one layer of LLaMA-3.1-8B, 436 MFLOP.
+    """
+    linear, attended = _row_costs(shape)
+    return rows * linear + attended * ((before + rows) ** 2 - before**2)
+
+
+def rows_within(shape: ModelShape, before: int, flops: int) -> int:
+    """The most rows whose `rows_flops` are at most `flops`."""
+    linear, attended = _row_costs(shape)
+    half = linear + 2 * attended * before  # attended R^2 + half R = flops, solved for R
+    return (isqrt(half * half + 4 * attended * flops) - half) // (2 * attended)
+
+
+def _row_costs(shape: ModelShape) -> tuple[int, int]:
+    """FLOP of a row's linear layers, and of a pair of a query and a key."""
+    linear = 4 * shape.hidden_size * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    linear += 6 * shape.hidden_size * shape.intermediate_size
+    return linear, 2 * shape.num_heads * shape.head_dim
+
+
 def reused_flops(shape: ModelShape, prefix_tokens: int, depth: int) -> int:
     """FLOP that a prefill does not do when the first `prefix_tokens` of its tokens are kept after `depth`
-    dense layers.
-
-    Of N tokens the last M = N - P then run. Their linear layers cost M rows instead of N. They attend to all
-    N tokens, 2 H d (N^2 - P^2) instead of 2 H d N^2. The difference is what the P tokens alone cost:
-
-        depth * (P * (4 D H d + 4 D Hk d + 6 D F) + 2 H d P^2)
-
-    Example: of one token of LLaMA-3.1-8B in one layer, 436 MFLOP.
-    """
+    dense layers: what these tokens alone cost there."""
     require_int("prefix_tokens", prefix_tokens, minimum=0)
     require_int("depth", depth, minimum=0)
-    if prefix_tokens == 0:
-        return 0
-    layer = LayerWork(
-        candidates=prefix_tokens,
-        attention_tokens=prefix_tokens,
-        ffn_tokens=prefix_tokens,
-        probe_tokens=0,
-        proxied=False,
-    )
-    return depth * _layer_flops(shape, layer, None).total
+    return depth * rows_flops(shape, 0, prefix_tokens)
 
 
 def prefix_bytes(

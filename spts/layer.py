@@ -56,6 +56,16 @@ class Stream:
     def __post_init__(self) -> None:
         self.has_nan = torch.zeros((), dtype=torch.bool, device=self.x_TD.device)
 
+    def rows(self, start: int, stop: int) -> Stream:
+        """Rows `start` to `stop` as views: what changes in them changes here."""
+        part = slice(start, stop)
+        return Stream(
+            x_TD=self.x_TD[part],
+            positions_T=self.positions_T[part],
+            cos_Td=self.cos_Td[part],
+            sin_Td=self.sin_Td[part],
+        )
+
     def cut(self, index_M: Tensor) -> None:
         """Drops every candidate but `index_M` for good."""
         self.x_TD = ops.gather_rows(self.x_TD, index_M)
@@ -141,39 +151,13 @@ class DecoderLayer:
             ffn_tokens=_take(positions_T, ffn_M).cpu(),
         )
 
-    def resume(
-        self, stream: Stream, cache: LayerCache, *, num_tokens: int, trace: bool
-    ) -> tuple[LayerWork, LayerTrace | None]:
-        """Runs the layer densely on the last rows of a prompt of `num_tokens`, in place; `cache` begins with
-        the others.
-
-        Answers as `prefill` would for the whole prompt: the work is that of all its tokens.
-        """
-        self.dense(stream, cache)
-        work = LayerWork(
-            candidates=num_tokens,
-            attention_tokens=num_tokens,
-            ffn_tokens=num_tokens,
-            probe_tokens=0,
-            proxied=False,
-        )
-        if not trace:
-            return work, None
-        everyone_T = torch.arange(num_tokens)
-        return work, LayerTrace(
-            layer=self.index,
-            candidates=everyone_T,
-            probe_scores=None,
-            attention_tokens=everyone_T,
-            ffn_tokens=everyone_T,
-        )
-
-    def dense(self, stream: Stream, cache: LayerCache) -> Tensor:
+    def dense(self, stream: Stream, cache: LayerCache, positions_P: Tensor | None = None) -> Tensor:
         """Runs the layer on every row of `stream` (changed in place) and returns its FFN's input, [T, D].
 
-        The rows are a whole prompt, or what comes after the tokens that `cache` holds.
+        The rows are a prompt, the first part of one whose tokens are at `positions_P`, or what comes after
+        the tokens that `cache` holds.
         """
-        self._attend(stream, Signals(self, stream, probes=0), None, cache)
+        self._attend(stream, Signals(self, stream, probes=0), None, cache, positions_P)
         y_TD = _normed(self.block.post_attention_layernorm, stream.x_TD)
         stream.x_TD.add_(self.feed_forward(y_TD))
         return y_TD
@@ -213,7 +197,14 @@ class DecoderLayer:
         mlp = self.block.mlp
         return mlp.down_proj(ops.gated_product(mlp.gate_proj(y_TD), mlp.up_proj(y_TD), mlp.act_fn))
 
-    def _attend(self, stream: Stream, signals: Signals, active_M: Tensor | None, cache: LayerCache) -> None:
+    def _attend(
+        self,
+        stream: Stream,
+        signals: Signals,
+        active_M: Tensor | None,
+        cache: LayerCache,
+        positions_P: Tensor | None = None,
+    ) -> None:
         cos_Md, sin_Md = _take(stream.cos_Td, active_M), _take(stream.sin_Td, active_M)
         if signals.probe_tokens:
             h_MD, k_MKd = (
@@ -223,7 +214,9 @@ class DecoderLayer:
         else:
             h_MD = _normed(self.block.input_layernorm, _take(stream.x_TD, active_M))
             k_MKd = self.keys(h_MD, cos_Md, sin_Md)
-        k_LKd, v_LKd = cache.store(k_MKd, self.values(h_MD), _take(stream.positions_T, active_M))
+        if positions_P is None:
+            positions_P = _take(stream.positions_T, active_M)
+        k_LKd, v_LKd = cache.store(k_MKd, self.values(h_MD), positions_P)
         out_MHd = ops.causal_attention(self.queries(h_MD, cos_Md, sin_Md), k_LKd, v_LKd, self.scale)
         _add(stream.x_TD, active_M, self.block.self_attn.o_proj(out_MHd.flatten(1)))
         signals.attended = True

@@ -6,7 +6,7 @@ Legend: N prompt tokens, B requests, M tokens appended to one request, D width, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +16,17 @@ from spts import sampling as sampling_rules
 from spts.architectures import check_config, max_context
 from spts.cache import LayerCache, RaggedCache
 from spts.collective import Collective, Local
-from spts.cost import LayerWork, ModelShape
+from spts.cost import ModelShape
 from spts.errors import ModelError, ProxyError, RequestError
-from spts.layer import DecoderLayer, LayerTrace, Stream
+from spts.layer import DecoderLayer, Stream
 from spts.methods import Method
+from spts.prefill import Prefill, PrefillState, Walker
 from spts.prefix import Prefix
 from spts.proxy import Proxies
 from spts.request import check_prefix_tokens, check_tokens, check_vocabulary
 from spts.sampling import Sampling, TokenLogprobs
 from spts.schedule import Schedule
 from spts.select import refuse_nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prefill:
-    """A prompt computed.
-
-    logits: of its last token, float32 [V]. cache: to decode over. work: what each layer did, in layer order.
-    trace: what each layer chose, if asked for.
-    """
-
-    logits: Tensor
-    cache: RaggedCache
-    work: list[LayerWork]
-    trace: list[LayerTrace] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +37,6 @@ class Generation:
     logprobs: list[TokenLogprobs] | None
     finish_reason: str
     prefill: Prefill
-
-
-@dataclass(kw_only=True)
-class PrefillState:
-    """A prefill that has run `next_layer` layers; `result` is there when it has run all of them.
-
-    prefix: what its first layers begin with, if anything, until its rows have joined the others.
-    reused_tokens: of that prefix. kept: the copy of its own first `keep_prefix` tokens, once it is there.
-    """
-
-    token_ids: Sequence[int]
-    method: Method
-    schedule: Schedule
-    stream: Stream
-    cache: RaggedCache
-    tracing: bool
-    prefix: Prefix | None = None
-    reused_tokens: int = 0
-    keep_prefix: int = 0
-    kept: Prefix | None = None
-    next_layer: int = 0
-    work: list[LayerWork] = field(default_factory=list)
-    trace: list[LayerTrace] = field(default_factory=list)
-    result: Prefill | None = None
 
 
 class SptsModel:
@@ -119,6 +82,13 @@ class SptsModel:
                 field="fingerprint",
             )
         self.layers = [self._layer(index, block) for index, block in enumerate(self._body.layers)]
+        self._walker = Walker(
+            self.layers,
+            shape=self.shape,
+            proxy=None if proxies is None else proxies.shape,
+            fingerprint=fingerprint,
+            stream=self._stream,
+        )
 
     def _layer(self, index: int, block: Any) -> DecoderLayer:
         head_dim, ranks = self.shape.head_dim, self.collective.world_size
@@ -149,7 +119,7 @@ class SptsModel:
         compute.
         """
         state = self.start_prefill(token_ids, method, trace=trace, max_new_tokens=max_new_tokens)
-        self.advance(state, len(self.layers))
+        self.advance(state)
         assert state.result is not None
         return state.result
 
@@ -162,21 +132,24 @@ class SptsModel:
         trace: bool = False,
         max_new_tokens: int = 0,
         prefix: Prefix | None = None,
+        reuse_tokens: int | None = None,
         keep_prefix: int = 0,
     ) -> PrefillState:
         """Checks a request and embeds its prompt; `advance` runs its layers. Raises as `prefill` does.
 
         prefix: `state.kept` of a prompt that began with the same tokens, under any method that first skips in
-        the same layer; they are not computed again before that layer. keep_prefix: that many first tokens are
-        to be copied into `state.kept`, unless the method skips from the first layer on, which leaves nothing
-        to keep. Either leaves at least one token of the prompt, or RequestError (invalid_prefix) is raised.
+        the same layer; its first `reuse_tokens` (None = all) are not computed again before that layer.
+        keep_prefix: that many first tokens are to be kept in `state.kept`, where they are more than those
+        reused and there is a layer before the first that skips. Each leaves at least one token of the prompt,
+        or RequestError (invalid_prefix) is raised.
         """
         schedule = self.check(token_ids, method, max_new_tokens)
         check_prefix_tokens(keep_prefix, token_ids)
         reused_tokens = 0
         if prefix is not None:
-            prefix.check(token_ids, depth=schedule.first_skip_layer, fingerprint=self.fingerprint)
-            reused_tokens = prefix.num_tokens
+            reused_tokens = prefix.num_tokens if reuse_tokens is None else reuse_tokens
+            depth = schedule.first_skip_layer
+            prefix.check(token_ids, reused_tokens, depth=depth, fingerprint=self.fingerprint)
         return PrefillState(
             token_ids=token_ids,
             method=method,
@@ -186,42 +159,23 @@ class SptsModel:
                 num_layers=len(self.layers),
                 prompt_tokens=len(token_ids),
                 room_tokens=max_new_tokens,
-                before=() if prefix is None else prefix.keys_values,
+                before=() if prefix is None else prefix.rows(reused_tokens),
             ),
             tracing=trace,
             prefix=prefix,
             reused_tokens=reused_tokens,
-            keep_prefix=keep_prefix,
+            keep_prefix=keep_prefix if schedule.first_skip_layer else 0,
         )
 
     @torch.inference_mode()
-    def advance(self, state: PrefillState, num_layers: int) -> bool:
-        """Runs up to `num_layers` more layers of a prefill; True when `state.result` is there."""
-        stop = min(state.next_layer + num_layers, len(self.layers))
-        for layer in self.layers[state.next_layer : stop]:
-            cache = state.cache.layers[layer.index]
-            if state.prefix is not None:
-                work, trace = layer.resume(
-                    state.stream, cache, num_tokens=len(state.token_ids), trace=state.tracing
-                )
-            else:
-                work, trace = layer.prefill(
-                    state.stream,
-                    cache,
-                    method=state.method,
-                    active_tokens=state.schedule.active_tokens(layer.index),
-                    keep_tokens=state.schedule.keep_tokens(layer.index),
-                    recent_tokens=state.schedule.recent_tokens,
-                    trace=state.tracing,
-                )
-            state.work.append(work)
-            if trace is not None:
-                state.trace.append(trace)
-            if layer.index + 1 == state.schedule.first_skip_layer:
-                self._join_prefix(state)
-                self._keep_prefix(state)
-        state.next_layer = stop
-        if stop == len(self.layers) and state.result is None:
+    def advance(self, state: PrefillState, flops: int | None = None) -> bool:
+        """Runs more of a prefill, about `flops` of it (None = all); True when `state.result` is there.
+
+        More than `flops` only where a single row of a dense layer, or a single layer that skips, costs more;
+        the last slice also makes the logits of the last token.
+        """
+        self._walker.run(state, flops)
+        if state.next_layer == len(self.layers) and state.result is None:
             refuse_nan(state.stream.has_nan)
             state.result = Prefill(
                 logits=self.logits(state.stream.x_TD[-1:])[0],
@@ -230,23 +184,6 @@ class SptsModel:
                 trace=state.trace if state.tracing else None,
             )
         return state.result is not None
-
-    def _join_prefix(self, state: PrefillState) -> None:
-        """Where layers begin to see all tokens at once, the prefix's rows come before those of the rest."""
-        prefix, state.prefix = state.prefix, None
-        if prefix is not None and prefix.x_PD is not None:
-            state.stream = self._stream(torch.cat((prefix.x_PD, state.stream.x_TD)))
-
-    def _keep_prefix(self, state: PrefillState) -> None:
-        depth = state.schedule.first_skip_layer
-        if state.keep_prefix:
-            state.kept = Prefix.copied(
-                state.token_ids[: state.keep_prefix],
-                depth=depth,
-                cache=state.cache,
-                x_ND=state.stream.x_TD if depth < len(self.layers) else None,
-                fingerprint=self.fingerprint,
-            )
 
     @torch.inference_mode()
     def decode_step(self, token_ids: Tensor, caches: Sequence[RaggedCache]) -> Tensor:

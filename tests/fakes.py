@@ -12,6 +12,7 @@ import time
 from cluster.config import EngineConfig
 from cluster.engine import Engine
 from cluster.protocol import (
+    Activity,
     Agreement,
     EngineError,
     EngineInfo,
@@ -33,6 +34,7 @@ SHAPE = cost.ModelShape(
     head_dim=16,
     vocab_size=298,
 )
+PROXY = cost.ProxyShape(channels=48, rank=16)
 MAX_CONTEXT = 512
 EOS = 0
 PEAK_BYTES = 1000  # device memory of a request in flight
@@ -50,7 +52,9 @@ def info(config: EngineConfig) -> EngineInfo:
         device=config.device,
         world_size=config.tensor_parallel_size,
         versions={},
-        has_proxies=True,
+        proxy=PROXY,
+        kv_bytes_limit=config.kv_cache_bytes or 2**30,
+        slice_tokens=config.slice_tokens,
     )
 
 
@@ -61,10 +65,11 @@ class FakeShard:
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._config = config
         self._rank = rank
-        self._layers_left: dict[str, int] = {}
+        self._flops_left: dict[str, int] = {}
+        self._starts: dict[str, Step] = {}
         self._requests: dict[str, Request] = {}
         self._answers: dict[str, list[int]] = {}
-        self._prefixes: set[tuple[object, ...]] = set()
+        self.documents: dict[int, tuple[int, tuple[int, ...]]] = {}  # name -> depth, its first tokens
 
     def host(self) -> tuple[str, int]:
         return ("127.0.0.1", 0)
@@ -79,22 +84,25 @@ class FakeShard:
 
     def step(self, step: Step) -> StepOutput | None:
         for request_id in step.release:
-            for books in (self._layers_left, self._requests, self._answers):
+            for books in (self._flops_left, self._starts, self._requests, self._answers):
                 books.pop(request_id, None)
+        for document in step.forget:
+            del self.documents[document]
         tokens: list[NewToken] = []
-        prefilled = None
+        prefilled = kept = None
         if step.start is not None:
             self._requests[step.start.request_id] = step.start
-            self._layers_left[step.start.request_id] = SHAPE.num_layers
+            self._starts[step.start.request_id] = step
+            self._flops_left[step.start.request_id] = self._planned_flops(step)
         if step.advance is not None:
-            request_id, num_layers = step.advance
-            self._layers_left[request_id] -= num_layers
-            if self._layers_left[request_id] == 0:
-                prefilled = self._prefilled(self._requests[request_id])
+            request_id, flops = step.advance
+            self._flops_left[request_id] -= self._flops_left[request_id] if flops is None else flops
+            if self._flops_left[request_id] <= 0:
+                request = self._requests[request_id]
+                prefilled, kept = self._prefilled(request), self._keep(request_id)
                 self._answers[request_id] = []
-                follow = self._requests[request_id].follow
-                tokens += [self._followed(request_id, place) for place in range(len(follow))]
-                if not follow:
+                tokens += [self._followed(request_id, place) for place in range(len(request.follow))]
+                if not request.follow:
                     tokens.append(self._next(request_id))
         for request_id, latest in step.decode:
             assert self._answers[request_id][-1] == latest, "the latest token comes back"
@@ -102,8 +110,34 @@ class FakeShard:
         if self._rank != 0:
             return None
         return StepOutput(
-            tokens=tuple(tokens), prefilled=prefilled, peak_memory_bytes=PEAK_BYTES * len(self._requests)
+            tokens=tuple(tokens),
+            prefilled=prefilled,
+            kept=kept,
+            peak_memory_bytes=PEAK_BYTES * len(self._requests),
         )
+
+    def _planned_flops(self, step: Step) -> int:
+        """What the prefill costs, less what it reuses: of this very prompt, at this very depth."""
+        request = step.start
+        assert request is not None
+        work = request.method.planned_work(SHAPE.num_layers, len(request.token_ids))
+        flops = cost.prefill_flops(SHAPE, work, PROXY).total
+        if step.reuse is None:
+            return flops
+        document, reused_tokens = step.reuse
+        depth, tokens = self.documents[document]
+        assert depth == request.method.schedule_for(SHAPE.num_layers).first_skip_layer
+        assert tokens[:reused_tokens] == request.token_ids[:reused_tokens]
+        assert 0 < reused_tokens < len(request.token_ids)
+        return flops - cost.reused_flops(SHAPE, reused_tokens, depth)
+
+    def _keep(self, request_id: str) -> int | None:
+        request, keep = self._requests[request_id], self._starts[request_id].keep
+        if keep is None:
+            return None
+        depth = request.method.schedule_for(SHAPE.num_layers).first_skip_layer
+        self.documents[keep[0]] = (depth, request.token_ids[: keep[1]])
+        return keep[0]
 
     def _followed(self, request_id: str, place: int) -> NewToken:
         """The answer would be the prompt, over and over: rank 1 where that is what is followed, else 2."""
@@ -112,6 +146,7 @@ class FakeShard:
         return NewToken(
             request_id=request_id,
             token_id=request.follow[place],
+            logprobs=_logprobs(request, request.follow[place]),
             agreement=Agreement(kl=0.0 if same else 1.0, rank=1 if same else 2),
         )
 
@@ -119,33 +154,38 @@ class FakeShard:
         request, answer = self._requests[request_id], self._answers[request_id]
         token_id = request.token_ids[len(answer) % len(request.token_ids)]
         answer.append(token_id)
-        num_top = request.sampling.logprobs
-        logprobs = None
-        if num_top is not None:
-            top = tuple((i + 1, -float(i + 1)) for i in range(num_top))
-            logprobs = TokenLogprobs(token_id=token_id, logprob=-0.5, top=top)
-        return NewToken(request_id=request_id, token_id=token_id, logprobs=logprobs)
+        return NewToken(request_id=request_id, token_id=token_id, logprobs=_logprobs(request, token_id))
 
     def _prefilled(self, request: Request) -> Prefilled:
         num_tokens = len(request.token_ids)
         method = request.method
         work = method.planned_work(SHAPE.num_layers, num_tokens)
-        proxy = cost.ProxyShape(channels=48, rank=16)
+        bins = min(request.activity_bins, num_tokens)
+        everywhere = ((100,) * bins,) * SHAPE.num_layers
         depth = method.schedule_for(SHAPE.num_layers).first_skip_layer
-        prefix = (request.token_ids[: request.prefix_tokens], depth)
-        reused_tokens = request.prefix_tokens if prefix in self._prefixes else 0
-        self._prefixes.add(prefix)
+        reuse = self._starts[request.request_id].reuse
+        reused_tokens = 0 if reuse is None else reuse[1]
         return Prefilled(
             request_id=request.request_id,
             work=tuple(work),
             kv_tokens=cost.kv_tokens(work),
             kv_bytes=cost.kv_bytes(SHAPE, work, 4),
-            flops=cost.prefill_flops(SHAPE, work, proxy).total,
+            flops=cost.prefill_flops(SHAPE, work, PROXY).total,
             dense_flops=cost.dense_flops(SHAPE, num_tokens).total,
             dense_kv_bytes=cost.dense_kv_bytes(SHAPE, num_tokens, 4),
+            activity=Activity(attention=everywhere, ffn=everywhere) if bins else None,
             reused_tokens=reused_tokens,
             reused_flops=cost.reused_flops(SHAPE, reused_tokens, depth),
         )
+
+
+def _logprobs(request: Request, token_id: int) -> TokenLogprobs | None:
+    num_top = request.sampling.logprobs
+    if num_top is None:
+        return None
+    return TokenLogprobs(
+        token_id=token_id, logprob=-0.5, top=tuple((i + 1, -float(i + 1)) for i in range(num_top))
+    )
 
 
 class FakeGroup:

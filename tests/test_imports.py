@@ -21,6 +21,7 @@ PURE = (
     "spts.errors",
     "spts.schedule",
     "spts.cost",
+    "spts.memory",
     "spts.methods",
     "spts.sampling",
 )  # no torch when imported
@@ -38,7 +39,7 @@ class Rule:
 
 RULES = [
     Rule(
-        modules=("spts.errors", "spts.schedule", "spts.cost"),
+        modules=("spts.errors", "spts.schedule", "spts.cost", "spts.memory"),
         never=("torch", "cluster", "jobs", "spts.model", "spts.layer", "spts.kernels"),
         only=(),
     ),
@@ -63,10 +64,11 @@ RULES = [
         ),
     ),
     Rule(
-        modules=("cluster.protocol", "cluster.placement", "cluster.scheduler"),
+        modules=("cluster.protocol", "cluster.placement", "cluster.scheduler", "cluster.documents"),
         never=("ray", "torch", "spts.model", "spts.layer", "spts.kernels", "spts.proxy"),
         only=(),
     ),
+    Rule(modules=("cluster.balance", "cluster.autoscaling"), never=PACKAGES, only=()),
     Rule(modules=("cluster.router",), never=("torch", "deepspeed", "spts.model", "cluster.shard")),
     Rule(modules=("cluster",), never=("jobs",)),
     Rule(
@@ -220,6 +222,7 @@ DISTRIBUTION = {
     "starlette": "fastapi",
     "huggingface_hub": "huggingface-hub",
     "lm_eval": "lm-eval",
+    "prometheus_client": "prometheus-client",
     "pytest_asyncio": "pytest-asyncio",
 }
 TOOLS = {"ruff", "mypy", "types-pyyaml", "types-tqdm", "pytest-timeout"}

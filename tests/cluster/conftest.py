@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import yaml
 
-from cluster.local import local_ray
-from tests.cluster.tiny import write_model
+from cluster.local import free_ports, local_ray
+from cluster.tokenizer import TextTokenizer
+from tests.cluster.tiny import write_model, write_tokenizer
 
+KEY = "sk-demo-1"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -18,6 +26,18 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def tiny_model(tmp_path_factory) -> Path:
     """The folder of a tiny random model with proxies and a tokenizer."""
     return write_model(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return TextTokenizer(folder)
 
 
 class RayCluster:
@@ -62,3 +82,43 @@ def driver(ray_cluster):
         ray.init(address=ray_cluster.address, namespace="tests", log_to_driver=False)
         yield ray
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def demo_url(tmp_path_factory) -> Iterator[str]:
+    """Address of ray_config.yaml as `make serve` runs it: the bundled model on a cluster of its own, here
+    with an API key and a free port."""
+    folder = tmp_path_factory.mktemp("demo")
+    port = free_ports(1)[0]
+    config = yaml.safe_load((REPOSITORY / "ray_config.yaml").read_text())
+    config["http_options"]["port"] = port
+    (folder / "keys").write_text(KEY)
+    config["applications"][0]["args"]["api_keys_file"] = str(folder / "keys")
+    (folder / "ray_config.yaml").write_text(yaml.safe_dump(config))
+    log = folder / "serve.log"
+    with log.open("wb") as output:
+        served = subprocess.Popen(
+            [sys.executable, "-m", "cluster.local", "--", "serve", "run", str(folder / "ray_config.yaml")],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while not is_ready(address):
+            assert served.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")
+            time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(served.pid, signal.SIGINT)
+        served.wait(90)
+
+
+def is_ready(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ready", timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -20,6 +20,7 @@ from cluster.config import (
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
 from spts.schedule import Schedule
+from tests.cluster.conftest import REPOSITORY
 from tests.cluster.tiny import SCHEDULE
 
 # Ray's own models use what pydantic deprecates.
@@ -138,6 +139,55 @@ def test_faults_in_a_schedule_are_named_through_the_yaml_door(stage, message):
     data = changed(ARGS, "pools.1.method", {"name": "spts", "schedule": schedule})
     with pytest.raises(ConfigError, match=message):
         parse(data, AppConfig, source="args")
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"replicas": 0}, r"engines.default.replicas must be greater than or equal to 1, got 0"),
+        ({"replicas": "2"}, r"engines.default.replicas must be a valid integer, got '2'"),
+        ({"affinity_tokens": -1}, r"engines.default.affinity_tokens must be greater than or equal to 0"),
+        ({"autoscaling": {}}, r"engines.default.autoscaling.max_replicas must be given"),
+        (
+            {"autoscaling": {"max_replica": 3}},
+            r"engines.default.autoscaling.max_replica must be one of max_replicas, queued_prefill_tokens,",
+        ),
+        (
+            {"replicas": 3, "autoscaling": {"max_replicas": 3}},
+            r"engines.default: autoscaling.max_replicas must be more than replicas = 3, got 3; raise it",
+        ),
+        (
+            {"autoscaling": {"max_replicas": 3, "queued_prefill_tokens": 0}},
+            r"autoscaling.queued_prefill_tokens must be greater than or equal to 1",
+        ),
+        (
+            {"autoscaling": {"max_replicas": 3, "upscale_delay_s": float("nan")}},
+            r"autoscaling.upscale_delay_s must be .*nan",
+        ),
+        (
+            {"autoscaling": {"max_replicas": 3, "look_back_period_s": 0}},
+            r"autoscaling.look_back_period_s must be greater than 0",
+        ),
+    ],
+)
+def test_faults_in_the_number_of_replicas_are_named(tmp_path, engine, message):
+    path = tmp_path / "ray_config.yaml"
+    file = changed(FILE, "applications.0.args.engines.default", {"model": "jobs/demo_model", **engine})
+    path.write_text(yaml.safe_dump(file))
+    with pytest.raises(ConfigError, match=message):
+        check_ray_config(path)
+
+
+def test_one_replica_is_the_default_and_a_sweeps_engine_has_none():
+    engine = parse(ARGS, AppConfig, source="args").engines["default"]
+    assert (engine.replicas, engine.max_replicas, engine.autoscaling) == (1, 1, None)
+    with pytest.raises(ConfigError, match=r"engine: replicas must be one of .*, got an unknown key"):
+        parse({"model": "m", "replicas": 2}, EngineConfig, source="engine")
+
+
+def test_the_example_for_several_gpus_is_valid():
+    app = check_ray_config(REPOSITORY / "docs" / "gpus.yaml")
+    assert {name: engine.max_replicas for name, engine in app.engines.items()} == {"short": 2, "long": 4}
 
 
 def test_the_whole_file_is_checked(tmp_path):

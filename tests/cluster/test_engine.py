@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 
 import pytest
 
 from cluster.config import EngineConfig
 from cluster.protocol import Agreement, Chunk, EngineError, Request
+from spts import cost
 from spts.methods import Dense, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
@@ -109,16 +111,17 @@ async def test_requests_run_together_and_each_gets_its_own_answer():
 
 
 async def test_a_running_stream_gets_tokens_while_another_request_is_in_prefill():
-    async with started(layers_per_step=1, step_s=0.001) as engine:
+    async with started(slice_tokens=64, step_s=0.001) as engine:
         first = asyncio.create_task(collect(engine, request("first", max_new_tokens=100)))
         while not any(step.decode for step in engine.group.steps):
             await asyncio.sleep(0.001)
-        await engine.run(request("second", max_new_tokens=1))
+        await engine.run(request("second", token_ids=(1, 2) * 200, max_new_tokens=1))
         await first
         slices = [
             step for step in engine.group.steps if step.advance is not None and step.advance[0] == "second"
         ]
-    assert len(slices) == SHAPE.num_layers
+    whole = cost.dense_flops(SHAPE, 400).total / cost.dense_flops(SHAPE, 64).total
+    assert len(slices) == math.ceil(whole) > 6
     assert all(step.decode for step in slices)
 
 
@@ -185,7 +188,7 @@ async def test_a_request_id_in_flight_is_refused():
 
 
 async def test_an_id_used_again_while_its_last_step_runs_gets_only_its_own_tokens():
-    async with started(step_s=0.05, layers_per_step=6) as engine:
+    async with started(step_s=0.05) as engine:
         first = engine.generate(request(token_ids=(1, 2, 3)))
         pending = asyncio.ensure_future(anext(first))
         await asyncio.sleep(0.02)  # its prefill is running
@@ -358,3 +361,56 @@ async def test_a_shut_down_engine_fails_what_is_in_flight():
     await engine.shutdown()
     with pytest.raises(EngineError, match="shutting down"):
         await sent
+
+
+async def test_a_stalled_step_makes_it_not_ready_and_in_the_end_unhealthy():
+    async with started(heartbeat_timeout_s=0.1, step_timeout_s=0.2) as engine:
+        assert await engine.ready()
+        await asyncio.sleep(0.3)  # nothing to do is no stall
+        assert await engine.ready()
+        engine.group.step_s = 0.6
+        asking = asyncio.create_task(engine.run(request(max_new_tokens=1)))
+        await asyncio.sleep(0.05)
+        assert await engine.ready()
+        await asyncio.sleep(0.12)
+        assert not await engine.ready()
+        await engine.check_health()
+        await asyncio.sleep(0.25)
+        with pytest.raises(EngineError, match="step loop stands still"):
+            await engine.check_health()
+        engine.group.step_s = 0.0
+        await asking
+        assert await engine.ready()
+        await engine.check_health()
+
+
+async def test_stats_count_what_runs_and_waits_and_end_at_nothing():
+    token_bytes = 2 * 4 * SHAPE.num_kv_heads * SHAPE.head_dim * SHAPE.num_layers
+    async with started(step_s=0.005, max_running=1, max_waiting=2) as engine:
+        streams = [
+            engine.generate(request(name, tuple(range(1, size)), 100))
+            for name, size in (("a", 11), ("b", 21), ("c", 31))
+        ]
+        waiting = [asyncio.create_task(drain(stream)) for stream in streams[1:]]
+        first = await anext(streams[0])
+        stats = await engine.stats()
+        assert (stats.running, stats.waiting, stats.queued_prefill_tokens) == (1, 2, 50)
+        assert stats.kv_bytes == 11 * token_bytes
+        assert first.queue_s is not None
+        assert first.queue_s < 0.1
+        assert (await anext(streams[0])).queue_s is None
+        await streams[0].aclose()
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await settled(engine)
+        stats = await engine.stats()
+        assert (stats.running, stats.waiting, stats.queued_prefill_tokens, stats.kv_bytes) == (0, 0, 0, 0)
+
+
+async def test_end_tokens_may_be_ignored():
+    async with started() as engine:
+        ids = (5, EOS, 6)
+        assert len((await engine.run(request(token_ids=ids, max_new_tokens=9))).token_ids) == 2
+        result = await engine.run(request(token_ids=ids, max_new_tokens=9, ignore_eos=True))
+        assert (len(result.token_ids), result.finish_reason) == (9, "length")

@@ -55,7 +55,7 @@ class Ranks:
     """An engine in this process on real ranks."""
 
     def __init__(self, model, world_size: int) -> None:
-        self.config = EngineConfig(model=str(model), tensor_parallel_size=world_size, layers_per_step=2)
+        self.config = EngineConfig(model=str(model), tensor_parallel_size=world_size, slice_tokens=64)
         self.group = RayGroup(self.config, TracingShard)
         self.engine = Engine(self.config, self.group)
 

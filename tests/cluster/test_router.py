@@ -3,84 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-from typing import Any
 
 import httpx
 import openai
 import pytest
-from pydantic import ValidationError
 
-from cluster.api import CompletionBody, parse_body
 from cluster.config import AppConfig
-from cluster.errors import HTTP_ERRORS, ApiError
+from cluster.errors import HTTP_ERRORS
 from cluster.protocol import ERROR_KINDS, EngineError
 from cluster.router import Router
-from cluster.tokenizer import TextTokenizer
+from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint, error_of, events
 from tests.cluster.tiny import SCHEDULE, write_tokenizer
-from tests.fakes import EOS, FakeEngine
-
-POOLS: list[dict[str, Any]] = [
-    {"max_prompt_tokens": 50, "method": {"name": "dense"}},
-    {"method": {"name": "spts", "schedule": SCHEDULE.to_dict()}},
-]
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture
-def tokenizer(folder):
-    return TextTokenizer(folder)
-
-
-@contextlib.asynccontextmanager
-async def endpoint(folder, *, step_s=0.0, start=True, engine=None, **config):
-    """An HTTP client of a router on a fake engine, and the engine."""
-    app_config = AppConfig.model_validate(
-        {
-            "served_model_name": "tiny",
-            "engines": {"default": {"model": str(folder), **(engine or {})}},
-            "pools": POOLS,
-            **config,
-        }
-    )
-    fake = FakeEngine(app_config.engines["default"], step_s=step_s)
-    if start:
-        await fake.start()
-    app = Router(app_config, {"default": fake}).app()
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test/", timeout=30) as client:
-        yield client, fake
-    await fake.shutdown()
-
-
-def error_of(response: httpx.Response) -> dict:
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert response.headers["x-request-id"]
-    return body["error"]
-
-
-def events(response: httpx.Response) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    return [line if line == "[DONE]" else json.loads(line) for line in lines]
-
-
-def completion(**fields) -> dict:
-    return {"model": "tiny", "prompt": "the fox ", "max_tokens": 4, "temperature": 0, **fields}
-
-
-def chat(**fields) -> dict:
-    return {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **fields}
+from tests.fakes import EOS, SHAPE, FakeEngine
 
 
 async def test_health_ready_and_models(folder):
@@ -141,7 +75,10 @@ async def test_a_completion_and_its_usage(folder, tokenizer):
         "kv_tokens_full": kv_tokens,
         "skipped_share": 0.0,
         "flops_share": 1.0,
+        "kv_bytes": usage["spts"]["kv_bytes_full"],
+        "kv_bytes_full": 2 * 4 * SHAPE.num_kv_heads * SHAPE.head_dim * kv_tokens,  # K and V, float32
     }
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 async def test_16_tokens_by_default_as_in_the_openai_api(folder):
@@ -298,206 +235,6 @@ async def test_chat_logprobs(folder):
     entries = answer["choices"][0]["logprobs"]["content"]
     assert len(entries) == 4
     assert all(len(entry["top_logprobs"]) == 2 and entry["logprob"] == -0.5 for entry in entries)
-
-
-BAD = [
-    (COMPLETIONS, completion(spt={}), "spt", "unsupported_parameter", "spt must be one of model, "),
-    (COMPLETIONS, completion(echo=True), "echo", "unsupported_parameter", "do not measure skipping"),
-    (COMPLETIONS, completion(best_of=3), "best_of", "unsupported_parameter", "got 3"),
-    (COMPLETIONS, completion(suffix="x"), "suffix", "unsupported_parameter", "got 'x'"),
-    (
-        COMPLETIONS,
-        completion(logit_bias={"1": 2}),
-        "logit_bias",
-        "unsupported_parameter",
-        "must not be given",
-    ),
-    (CHAT, chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter", "must not be given"),
-    (
-        CHAT,
-        chat(response_format={"type": "json_object"}),
-        "response_format",
-        "unsupported_parameter",
-        "json_object",
-    ),
-    (CHAT, chat(presence_penalty=0.5), "presence_penalty", "unsupported_parameter", "got 0.5"),
-    (CHAT, chat(messages=[]), "messages", "invalid_value", "at least 1"),
-    (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), "messages", "invalid_value", "got 'tool'"),
-    (
-        CHAT,
-        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
-        "messages",
-        "unsupported_parameter",
-        "image_url",
-    ),
-    (CHAT, chat(top_logprobs=2), "top_logprobs", "invalid_value", "logprobs = true, got 2; add logprobs"),
-    (CHAT, chat(stream_options={"include_usage": True}), "stream_options", "invalid_value", "stream = true"),
-    (COMPLETIONS, completion(temperature=-1), "temperature", "invalid_value", "equal to 0, got -1"),
-    (COMPLETIONS, completion(temperature="hot"), "temperature", "invalid_value", "valid number, got 'hot'"),
-    (COMPLETIONS, completion(top_p=0), "top_p", "invalid_value", "greater than 0, got 0"),
-    (COMPLETIONS, completion(n=0), "n", "invalid_value", "equal to 1, got 0"),
-    (COMPLETIONS, completion(n=65), "n", "invalid_value", "prompts x n must be from 1 to 64, got 1 x 65"),
-    (COMPLETIONS, completion(max_tokens=0), "max_tokens", "invalid_value", "equal to 1, got 0"),
-    (COMPLETIONS, completion(stop=[""]), "stop", "invalid_value", "strings of 1 to 256"),
-    (COMPLETIONS, completion(stop=3), "stop", "invalid_value", "a string or a list of strings, got 3"),
-    (COMPLETIONS, completion(prompt=None), "prompt", "invalid_value", "text, token ids, or a list of either"),
-    (COMPLETIONS, completion(prompt=["a", 3]), "prompt", "invalid_value", "text, token ids"),
-    (COMPLETIONS, completion(prompt=""), "prompt", "invalid_value", "at least one token, got 0"),
-    (COMPLETIONS, completion(prompt=[]), "prompt", "invalid_value", "at least one token, got 0"),
-    (COMPLETIONS, completion(prompt=[1, 298]), "prompt", "invalid_value", "in 0..297, got 298"),
-    (COMPLETIONS, completion(seed=1.5), "seed", "invalid_value", "valid integer, got 1.5"),
-    (COMPLETIONS, completion(spts={"method": "magic"}), "method.name", "invalid_value", "one of dense, spts"),
-    (COMPLETIONS, completion(spts={"methd": "dense"}), "spts", "unsupported_parameter", "spts.methd"),
-    (
-        COMPLETIONS,
-        completion(spts={"method": "spts", "schedule": "qwen2.5-7b"}),
-        "schedule.num_layers",
-        "invalid_value",
-        "model's 6 layers, got 28",
-    ),
-]
-
-
-@pytest.mark.parametrize(("path", "body", "param", "code", "message"), BAD)
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-async def test_bad_fields_are_refused_by_name_before_any_compute(
-    folder, path, body, param, code, message, stream
-):
-    async with endpoint(folder) as (client, engine):
-        steps = len(engine.group.steps)
-        sent = body if "stream_options" in body else {**body, "stream": stream}
-        answer = await client.post(path, json=sent)
-        assert len(engine.group.steps) == steps
-    assert answer.status_code == 400, answer.text
-    error = error_of(answer)
-    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
-    assert message in error["message"]
-
-
-@pytest.mark.parametrize(("prompt", "limit", "fits"), [(500, 11, True), (500, 12, True), (500, 13, False)])
-async def test_the_context_is_exact_and_its_error_has_the_three_counts(folder, prompt, limit, fits):
-    async with endpoint(folder) as (client, _):
-        answer = await client.post(COMPLETIONS, json=completion(prompt=[7] * prompt, max_tokens=limit))
-    if fits:
-        assert answer.json()["usage"]["completion_tokens"] == limit
-        return
-    assert answer.status_code == 400
-    error = error_of(answer)
-    assert error["code"] == "context_length_exceeded"
-    assert "prompt + max_tokens must be at most the context of 512 tokens, got 500 + 13;" in error["message"]
-
-
-async def test_a_chat_that_fills_the_context_is_refused_not_cut(folder):
-    body = chat(messages=[{"role": "user", "content": "x" * 600}])
-    del body["max_tokens"]
-    async with endpoint(folder) as (client, _):
-        answer = await client.post(CHAT, json=body)
-    assert answer.status_code == 400
-    assert error_of(answer)["code"] == "context_length_exceeded"
-
-
-async def test_fields_that_ask_for_nothing_are_accepted(folder):
-    neutral = {
-        "frequency_penalty": 0,
-        "presence_penalty": 0.0,
-        "logit_bias": None,
-        "user": "someone",
-        "n": 1,
-        "stop": None,
-        "seed": None,
-        "top_k": -1,
-    }
-    async with endpoint(folder) as (client, _):
-        assert (
-            await client.post(COMPLETIONS, json=completion(**neutral, echo=False, best_of=1))
-        ).status_code == 200
-        chat_body = chat(**neutral, tools=[], response_format={"type": "text"}, store=False)
-        assert (await client.post(CHAT, json=chat_body)).status_code == 200
-
-
-async def test_what_is_not_there_has_the_same_shape(folder):
-    async with endpoint(folder) as (client, _):
-        for answer, status, code in (
-            (await client.post(COMPLETIONS, json=completion(model="gpt-4")), 404, "model_not_found"),
-            (await client.get("v1/models/gpt-4"), 404, "model_not_found"),
-            (await client.get("v1/nothing"), 404, "not_found"),
-            (await client.get(COMPLETIONS), 405, "method_not_allowed"),
-            (await client.post(COMPLETIONS, content=b"{"), 400, "invalid_value"),
-            (await client.post(COMPLETIONS, content=b"[1]"), 400, "invalid_value"),
-            (await client.post(COMPLETIONS, content=b"\xff"), 400, "invalid_value"),
-            (await client.post(CHAT, json={"model": "tiny"}), 400, "invalid_value"),
-        ):
-            assert (answer.status_code, error_of(answer)["code"]) == (status, code)
-
-
-async def test_a_body_larger_than_any_prompt_is_413(folder):
-    async with endpoint(folder, max_prompts=1) as (client, _):
-        await client.post(COMPLETIONS, json=completion())  # from now on the context is known
-        answer = await client.post(COMPLETIONS, json=completion(prompt="x" * 100_000))
-    assert answer.status_code == 413
-    assert error_of(answer)["code"] == "payload_too_large"
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "message"),
-    [
-        (COMPLETIONS, b"[" * 100_000, "must not be nested this deep"),
-        (
-            COMPLETIONS,
-            b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-            "must not be nested this deep",
-        ),
-        (COMPLETIONS, b'{"model": "tiny", "prompt": "\\ud800"}', "surrogates not allowed"),
-        (COMPLETIONS, b'{"model": "tiny", "prompt": "\xed\xa0\x80"}', "must be JSON in UTF-8"),
-        (CHAT, b'{"model": "tiny", "messages": [{"role": "user", "content": "\\uDFFF"}]}', "surrogates"),
-        (
-            COMPLETIONS,
-            b'{"model": "tiny", "prompt": "a", "spts": {"method": "spts", "schedule": {"\\udbff": 1}}}',
-            "surrogates",
-        ),
-    ],
-    ids=["deep", "deep field", "half a pair", "half a pair in UTF-8", "in a chat", "in a key"],
-)
-async def test_json_that_cannot_be_text_is_400(folder, path, body, message):
-    async with endpoint(folder) as (client, _):
-        answer = await client.post(path, content=body)
-    assert answer.status_code == 400
-    assert message in error_of(answer)["message"]
-
-
-@pytest.mark.parametrize("prompt", ["\U0001f98a", "é", "\\ud800"], ids=["pair", "plain", "backslash"])
-async def test_escapes_that_are_text_are_taken(folder, tokenizer, prompt):
-    async with endpoint(folder) as (client, _):
-        answer = await client.post(COMPLETIONS, content=json.dumps(completion(prompt=prompt)))
-    assert answer.status_code == 200
-    assert answer.json()["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": [1.5] * 20_000},
-        {"prompt": [["a"]] * 20_000},
-        {"suffix": "x" * 20_000},
-        {"tools": [["x"] * 100] * 100},
-        {"max_tokens": "9" * 20_000},
-        {"stop": "x" * 20_000},
-    ],
-    ids=["list", "nested list", "unsupported", "unsupported list", "text", "stop"],
-)
-async def test_an_error_quotes_little_of_a_large_value(folder, fields):
-    async with endpoint(folder) as (client, _):
-        answer = await client.post(COMPLETIONS, json=completion(**fields))
-    assert answer.status_code == 400
-    assert len(error_of(answer)["message"]) < 1500
-
-
-def test_a_long_list_is_checked_up_to_its_first_fault():
-    body = json.dumps(completion(prompt=[["a"]] * 20_000)).encode()
-    with pytest.raises(ApiError) as caught:
-        parse_body(body, CompletionBody)
-    assert isinstance(caught.value.__context__, ValidationError)
-    assert caught.value.__context__.error_count() < 20
 
 
 async def test_a_full_engine_is_503_with_retry_after(folder):

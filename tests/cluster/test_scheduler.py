@@ -1,47 +1,99 @@
-"""Admission, slices of layers, and the promises that hold for any order of events."""
+"""Admission, memory, turns, and the promises that hold for any order of events."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cluster.documents import Documents
 from cluster.protocol import EngineError
-from cluster.scheduler import Plan, Scheduler
+from cluster.scheduler import Demand, Plan, Scheduler, Start
+from tests.fakes import SHAPE
 
 
-def scheduler(*, num_layers=8, layers_per_step=4, max_running=4, max_waiting=4) -> Scheduler:
-    return Scheduler(
-        num_layers=num_layers,
-        layers_per_step=layers_per_step,
-        max_running=max_running,
-        max_waiting=max_waiting,
-    )
+def demand(
+    request_id: str, *, kv_bytes: int = 10, flops: int = 100, token_ids: tuple[int, ...] = (1, 2, 3), **more: Any
+) -> Demand:
+    return Demand(request_id=request_id, token_ids=token_ids, kv_bytes=kv_bytes, flops=flops, **more)
+
+
+def scheduler(*, document_bytes: int = 0, **fields: Any) -> Scheduler:
+    usual: dict[str, Any] = {
+        "kv_bytes_limit": 1000,
+        "slice_flops": 50,
+        "max_running": 4,
+        "max_waiting": 4,
+        "max_waiting_tokens": 1000,
+    }
+    return Scheduler(shape=SHAPE, documents=Documents(document_bytes), **{**usual, **fields})
+
+
+def start(name: str) -> Start:
+    return Start(request_id=name)
+
+
+def run(s: Scheduler, steps: int = 1) -> Plan | None:
+    """Steps whose slices do not end the prefill; the last plan."""
+    plan = None
+    for _ in range(steps):
+        plan = s.schedule()
+    return plan
 
 
 def test_worked_example_of_the_docstring():
     s = scheduler()
-    s.admit("a")
-    s.admit("b")
-    assert s.schedule() == Plan(start="a", advance=("a", 4), decode=())
-    assert s.schedule() == Plan(start=None, advance=("a", 4), decode=())
-    assert s.schedule() == Plan(start="b", advance=("b", 4), decode=("a",))
-    assert s.schedule() == Plan(start=None, advance=("b", 4), decode=("a",))
-    assert s.schedule() == Plan(start=None, advance=None, decode=("a", "b"))
+    s.admit(demand("a"))
+    s.admit(demand("b"))
+    assert s.schedule() == Plan(start=start("a"), advance="a")
+    assert s.schedule() == Plan(advance="a")
+    s.prefilled("a")
+    assert s.schedule() == Plan(start=start("b"), advance="b", decode=("a",))
+    assert s.schedule() == Plan(advance="b", decode=("a",))
+    s.prefilled("b")
+    assert s.schedule() == Plan(decode=("a", "b"))
 
 
-def test_the_last_slice_holds_only_the_layers_left():
-    s = scheduler(num_layers=10, layers_per_step=4)
-    s.admit("a")
-    plans = [s.schedule() for _ in range(3)]
-    assert [plan and plan.advance for plan in plans] == [("a", 4), ("a", 4), ("a", 2)]
-    assert s.schedule() == Plan(start=None, advance=None, decode=("a",))
+def test_a_short_prompt_starts_beside_a_long_one_and_they_take_turns():
+    s = scheduler()
+    s.admit(demand("long", flops=1000))
+    assert s.schedule() == Plan(start=start("long"), advance="long")
+    s.admit(demand("longer", flops=2000))
+    s.admit(demand("short", flops=100))
+    assert s.schedule() == Plan(start=start("short"), advance="short")
+    assert s.schedule() == Plan(advance="long")
+    assert s.schedule() == Plan(advance="short")
+    s.prefilled("short")
+    assert s.schedule() == Plan(advance="long", decode=("short",))
+    s.prefilled("long")
+    assert s.schedule() == Plan(start=start("longer"), advance="longer", decode=("short", "long"))
+
+
+def test_nothing_starts_beside_a_prefill_that_has_less_to_do():
+    s = scheduler()
+    s.admit(demand("a", flops=100))
+    s.admit(demand("b", flops=100))
+    s.schedule()
+    assert s.schedule() == Plan(advance="a")
+
+
+def test_without_slices_prefills_go_one_after_another():
+    s = scheduler(slice_flops=None)
+    s.admit(demand("long", flops=1000))
+    s.admit(demand("short", flops=1))
+    s.schedule()
+    s.prefilled("long")
+    assert s.schedule() == Plan(start=start("short"), advance="short", decode=("long",))
 
 
 def test_nothing_to_do_is_none():
     s = scheduler()
     assert s.schedule() is None
-    s.admit("a")
+    s.admit(demand("a"))
+    s.release("a")
     s.release("a")
     assert s.schedule() is None
 
@@ -49,85 +101,296 @@ def test_nothing_to_do_is_none():
 def test_one_more_than_running_and_waiting_is_overloaded():
     s = scheduler(max_running=2, max_waiting=1)
     for request_id in "abc":
-        s.admit(request_id)
+        s.admit(demand(request_id))
     with pytest.raises(EngineError, match=r"at most 3 \(2 running and 1 waiting\)") as refused:
-        s.admit("d")
+        s.admit(demand("d"))
     assert refused.value.kind == "overloaded"
     s.release("b")
-    s.admit("d")
+    s.admit(demand("d"))
 
 
-def test_running_requests_are_bounded_and_the_next_starts_when_one_ends():
-    s = scheduler(num_layers=4, max_running=1)
-    s.admit("a")
-    s.admit("b")
-    assert s.schedule() == Plan(start="a", advance=("a", 4), decode=())
-    assert s.schedule() == Plan(start=None, advance=None, decode=("a",))
+def test_more_prompt_tokens_than_may_wait_are_overloaded_but_one_prompt_may_always_wait():
+    s = scheduler(max_waiting_tokens=10)
+    s.admit(demand("a", token_ids=(1,) * 50))
+    with pytest.raises(EngineError, match="waiting must be at most 10, got 50 and 1 more") as refused:
+        s.admit(demand("b", token_ids=(1,)))
+    assert refused.value.kind == "overloaded"
+    s.schedule()
+    s.admit(demand("b", token_ids=(1,) * 6))
+    s.admit(demand("c", token_ids=(1,) * 4))
+    with pytest.raises(EngineError, match="got 10 and 1 more"):
+        s.admit(demand("d", token_ids=(1,)))
+
+
+def test_a_request_that_fits_into_no_engine_is_refused_with_the_numbers():
+    s = scheduler(kv_bytes_limit=100)
+    s.admit(demand("a", kv_bytes=100))
+    with pytest.raises(EngineError, match="fit into 100 bytes .* got 101 bytes") as refused:
+        s.admit(demand("b", kv_bytes=101))
+    assert refused.value.kind == "context_length_exceeded"
+
+
+def test_a_request_waits_for_memory_and_nobody_passes_it():
+    s = scheduler(kv_bytes_limit=100)
+    s.admit(demand("a", kv_bytes=60))
+    s.schedule()
+    s.prefilled("a")
+    s.admit(demand("big", kv_bytes=50))
+    s.admit(demand("small", kv_bytes=10, flops=1))
+    assert run(s, 3) == Plan(decode=("a",))
     s.release("a")
-    assert s.schedule() == Plan(start="b", advance=("b", 4), decode=())
+    assert s.reserved_bytes == 0
+    assert s.schedule() == Plan(start=start("big"), advance="big")
+    assert s.reserved_bytes == 50
 
 
 def test_a_prefill_aborted_halfway_gives_way_to_the_next():
     s = scheduler()
-    s.admit("a")
-    s.admit("b")
+    s.admit(demand("a"))
+    s.admit(demand("b"))
     s.schedule()
     s.release("a")
-    assert s.schedule() == Plan(start="b", advance=("b", 4), decode=())
+    assert s.schedule() == Plan(start=start("b"), advance="b")
+    assert s.reserved_bytes == 10
 
 
-@given(
-    events=st.lists(st.sampled_from(["admit", "step", "step", "release"]), max_size=60),
-    num_layers=st.integers(1, 9),
-    layers_per_step=st.integers(1, 9),
-    max_running=st.integers(1, 4),
-    max_waiting=st.integers(0, 3),
-    picks=st.randoms(use_true_random=False),
-)
-def test_promises_hold_for_any_order_of_events(
-    events, num_layers, layers_per_step, max_running, max_waiting, picks
-):
-    s = scheduler(
-        num_layers=num_layers,
-        layers_per_step=layers_per_step,
-        max_running=max_running,
-        max_waiting=max_waiting,
+# -- documents -----------------------------------------------------------------------------------------------
+
+TEXT = tuple(range(100))
+
+
+def asks(request_id: str, *question: int, kv_bytes: int = 10, **more: Any) -> Demand:
+    return demand(
+        request_id, token_ids=(*TEXT, *question), kv_bytes=kv_bytes, depth=2, document_bytes=1, **more
     )
-    alive: list[str] = []
-    started: list[str] = []
-    layers: dict[str, int] = {}
-    for number, event in enumerate(events):
-        if event == "admit":
-            if len(alive) == max_running + max_waiting:
-                with pytest.raises(EngineError, match="at most"):
-                    s.admit(str(number))
-            else:
-                s.admit(str(number))
-                alive.append(str(number))
-        elif event == "release" and alive:
-            gone = picks.choice(alive)
-            alive.remove(gone)
-            s.release(gone)
-        elif event == "step":
-            plan = s.schedule()
-            if plan is None:
-                assert not alive
-                continue
-            if plan.start is not None:
-                started.append(plan.start)
-                layers[plan.start] = 0
-                assert plan.advance is not None
-                assert plan.advance[0] == plan.start
-            if plan.advance is not None:
-                request_id, count = plan.advance
-                assert request_id in alive
-                assert 1 <= count <= layers_per_step
-                layers[request_id] += count
-                assert layers[request_id] <= num_layers
-            # Who decodes has been prefilled, once each; who has been prefilled decodes.
-            assert len(set(plan.decode)) == len(plan.decode)
-            before = [r for r in alive if layers.get(r) == num_layers and (plan.advance or ("",))[0] != r]
-            assert set(plan.decode) == set(before)
-        assert s.num_running <= max_running
-        assert s.num_running + s.num_waiting == len(alive)
-    assert started == sorted(started, key=int), "first come, first served"
+
+
+def answered(s: Scheduler, sent: Demand) -> Start:
+    """Run a request from its start to its release; what it was started with."""
+    s.admit(sent)
+    plan = s.schedule()
+    assert plan is not None
+    assert plan.start is not None
+    if plan.start.keep is not None:
+        s.kept(plan.start.keep[0])
+    s.prefilled(sent.request_id)
+    s.release(sent.request_id)
+    return plan.start
+
+
+def test_the_next_question_begins_with_what_the_first_left():
+    s = scheduler(document_bytes=500)
+    first = answered(s, asks("a", 500, 501))
+    assert (first.reuse, first.keep) == (None, (1, 101))
+    then = answered(s, asks("b", 600, 601))
+    assert (then.reuse, then.keep) == ((1, 100), None), "two new tokens are not worth keeping"
+    long = answered(s, asks("c", *range(700, 800)))
+    assert (long.reuse, long.keep) == ((1, 100), (2, 199))
+    assert s.document_bytes == 101 + 99
+    assert answered(s, asks("d", *range(700, 750))).reuse == (2, 149)
+
+
+def test_a_given_prefix_is_reused_and_kept_as_it_is_or_not_at_all():
+    s = scheduler(document_bytes=500)
+    assert answered(s, asks("a", 500, prefix_tokens=0)) == Start(request_id="a")
+    assert answered(s, asks("b", 500, prefix_tokens=5)).keep == (1, 5)
+    assert answered(s, asks("c", 500, prefix_tokens=5)).reuse == (1, 5)
+    assert answered(s, asks("d", 500, prefix_tokens=4)).reuse == (1, 4)
+    assert answered(s, asks("e", 500, prefix_tokens=6)) == Start(request_id="e", keep=(2, 6))
+    assert answered(s, asks("f", 500)).reuse is None, "too short to be worth it"
+
+
+def test_documents_go_when_requests_need_their_room():
+    s = scheduler(document_bytes=500, kv_bytes_limit=200)
+    answered(s, asks("a", 500))
+    assert s.document_bytes == 100
+    s.admit(demand("big", kv_bytes=150))
+    assert s.schedule() == Plan(forget=(1,), start=start("big"), advance="big")
+    assert s.document_bytes == 0
+
+
+def test_a_document_for_which_there_is_no_room_beside_its_reader_is_not_read():
+    s = scheduler(document_bytes=500, kv_bytes_limit=200)
+    answered(s, asks("a", 500))
+    s.admit(asks("b", 500, kv_bytes=150))
+    assert s.schedule() == Plan(forget=(1,), start=start("b"), advance="b")
+
+
+def test_a_document_that_is_read_stays_until_the_ranks_have_heard_that_its_reader_is_gone():
+    s = scheduler(document_bytes=500, kv_bytes_limit=200)
+    answered(s, asks("a", 500))
+    s.admit(asks("b", 500, kv_bytes=50))
+    s.schedule()
+    s.admit(demand("big", kv_bytes=150, flops=1))
+    assert s.schedule() == Plan(advance="b")
+    s.release("b")
+    assert s.schedule() == Plan(forget=(1,), start=start("big"), advance="big")
+
+
+def test_a_document_whose_prefill_was_aborted_is_not_there():
+    s = scheduler(document_bytes=500)
+    s.admit(asks("a", 500))
+    s.schedule()
+    assert s.document_bytes == 100
+    s.release("a")
+    assert s.schedule() is None
+    assert s.document_bytes == 0
+    assert answered(s, asks("b", 500)).reuse is None
+
+
+def test_a_document_that_was_left_while_its_request_was_aborted_is_there():
+    s = scheduler(document_bytes=500)
+    s.admit(asks("a", 500))
+    s.schedule()
+    s.release("a")
+    s.kept(1)  # the step that ran meanwhile was its last
+    assert s.schedule() is None
+    assert answered(s, asks("b", 600)).reuse == (1, 100)
+
+
+class Life(RuleBasedStateMachine):
+    """Any order of arrivals, steps and departures; a prefill ends after as many slices as it costs."""
+
+    @initialize(
+        limit=st.integers(20, 100),
+        slice_flops=st.sampled_from([None, 10, 35]),
+        max_running=st.integers(1, 4),
+        max_waiting=st.integers(0, 4),
+        document_bytes=st.sampled_from([0, 30, 500]),
+    )
+    def begin(self, limit, slice_flops, max_running, max_waiting, document_bytes):
+        self.documents = Documents(min(document_bytes, limit))
+        self.s = Scheduler(
+            shape=SHAPE,
+            documents=self.documents,
+            kv_bytes_limit=limit,
+            slice_flops=slice_flops,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_waiting_tokens=300,
+        )
+        self.limit, self.slice_flops, self.in_flight = limit, slice_flops, max_running + max_waiting
+        self.max_running = max_running
+        self.alive: dict[str, Demand] = {}
+        self.left: dict[str, int] = {}  # FLOP of prefills
+        self.leaves: dict[str, int] = {}
+        self.running: list[str] = []
+        self.on_ranks: set[int] = set()
+        self.number = 0
+
+    @rule(
+        kv_bytes=st.integers(1, 110),
+        flops=st.integers(1, 120),
+        shared=st.integers(0, 90),
+        own=st.integers(1, 70),
+        prefix_tokens=st.sampled_from([None, None, 0, 1]),
+    )
+    def arrive(self, kv_bytes, flops, shared, own, prefix_tokens):
+        self.number += 1
+        name = str(self.number)
+        token_ids = (*range(shared), *(1000 * self.number + place for place in range(own)))
+        sent = Demand(
+            request_id=name,
+            token_ids=token_ids,
+            kv_bytes=kv_bytes,
+            flops=flops,
+            depth=0 if own == 1 else 2,
+            document_bytes=1,
+            prefix_tokens=prefix_tokens,
+        )
+        waiting = [each for each in self.alive if each not in self.left and each not in self.running]
+        tokens = sum(len(self.alive[each].token_ids) for each in waiting)
+        fits = kv_bytes <= self.limit
+        room = len(self.alive) < self.in_flight and (not tokens or tokens + len(token_ids) <= 300)
+        try:
+            self.s.admit(sent)
+        except EngineError as error:
+            assert error.kind == ("overloaded" if fits else "context_length_exceeded")
+            assert not (fits and room)
+        else:
+            assert fits
+            assert room
+            self.alive[name] = sent
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def depart(self, data):
+        self._gone(data.draw(st.sampled_from(sorted(self.alive))))
+
+    def _gone(self, name):
+        del self.alive[name]
+        self.left.pop(name, None)
+        self.leaves.pop(name, None)
+        if name in self.running:
+            self.running.remove(name)
+        self.s.release(name)
+
+    @rule(aborted=st.booleans())
+    def step(self, aborted=False):
+        plan = self.s.schedule()
+        if plan is None:
+            assert not self.alive
+            return
+        assert set(plan.forget) <= self.on_ranks
+        self.on_ranks -= set(plan.forget)
+        assert list(plan.decode) == self.running, "every running request decodes"
+        if plan.start is not None:
+            name = plan.start.request_id
+            assert plan.advance == name
+            oldest_waiting = next(
+                each for each in self.alive if each not in self.left and each not in self.running
+            )
+            assert self.left or name == oldest_waiting, "first come, first served, but beside a prefill"
+            self.left[name] = self.alive[name].flops
+            if plan.start.reuse is not None:
+                assert plan.start.reuse[0] in self.on_ranks
+                assert 0 < plan.start.reuse[1] < len(self.alive[name].token_ids)
+            if plan.start.keep is not None:
+                self.leaves[name] = plan.start.keep[0]
+        assert len(self.left) <= 2
+        if plan.advance is not None:
+            self._slice(plan.advance, aborted)
+
+    def _slice(self, name, aborted):
+        self.left[name] -= self.left[name] if self.slice_flops is None else self.slice_flops
+        ended, leaves = self.left[name] <= 0, self.leaves.get(name)
+        if aborted:  # while the step runs
+            self._gone(name)
+        if ended:
+            if leaves is not None:
+                self.on_ranks.add(leaves)
+                self.s.kept(leaves)
+            if not aborted:
+                del self.left[name]
+                self.leaves.pop(name, None)
+                self.s.prefilled(name)
+                self.running.append(name)
+
+    @invariant()
+    def memory_is_never_over_committed(self):
+        reserved = sum(self.alive[name].kv_bytes for name in (*self.left, *self.running))
+        assert self.s.reserved_bytes == reserved
+        assert reserved + self.s.document_bytes <= self.limit
+        assert self.s.document_bytes <= self.documents.max_bytes
+        assert self.s.num_running <= self.max_running
+        assert self.s.num_running + self.s.num_waiting == len(self.alive)
+
+    def teardown(self):
+        """Whoever is left comes to an end, if every answer does: nobody waits for ever."""
+        if not hasattr(self, "s"):
+            return
+        for _ in range(200):
+            if not self.alive:
+                break
+            before = list(self.running)
+            self.step()
+            for name in before:  # an answer of one token
+                self._gone(name)
+        assert not self.alive
+        self.s.schedule()
+        assert self.s.reserved_bytes == 0
+        assert self.documents.free_bytes == self.documents.num_bytes
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

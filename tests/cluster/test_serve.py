@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
+import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -33,13 +36,14 @@ def deployment_file(folder, model, port, **args):
     path = folder / "ray_config.yaml"
     config = yaml.safe_load((REPOSITORY / "ray_config.yaml").read_text())
     config["http_options"]["port"] = port
+    config["tracing_config"] = {"enabled": True, "sampling_ratio": 1.0}
     config["applications"][0]["args"] = {
         "served_model_name": "tiny",
         "engines": {
             "default": {
                 "model": str(model),
                 "tensor_parallel_size": 2,
-                "layers_per_step": 3,
+                "slice_tokens": 64,
                 "max_running": 2,
                 "max_waiting": 0,
             }
@@ -236,6 +240,69 @@ def test_a_killed_rank_is_said_in_the_stream_and_the_endpoint_comes_back(http, o
     assert http.get("/health").status_code == 200
     wait_until_ready(http)
     assert http.post("/v1/completions", json={**body, "stream": False, "max_tokens": 2}).status_code == 200
+
+
+def test_logs_are_json_ours_among_them(http, driver):
+    """After a rank was killed, which the engine says in its log."""
+    folder = Path(driver._private.worker._global_node.get_logs_dir_path()) / "serve"
+    [log] = folder.glob("replica_spts_Engine-default_*.log")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    ours = [line for line in lines if line["message"].startswith("restarting the ranks")]
+    assert ours
+    assert ours[0]["levelname"] == "WARNING"
+    assert ours[0]["deployment"] == "spts_Engine-default"
+
+
+def test_a_traced_request_is_one_trace_from_the_client_to_the_engine(http, driver):
+    """Serve's own setting, its spans written to files."""
+    trace_id = secrets.token_hex(16)
+    header = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    body = {"model": "tiny", "prompt": prompt(20, seed=0), "max_tokens": 2}
+    assert http.post("/v1/completions", json=body, headers=header).status_code == 200
+    folder = Path(driver._private.worker._global_node.get_logs_dir_path()) / "serve" / "spans"
+    for replica, span in (
+        ("Router", "POST /v1/completions"),
+        ("Engine-default", "replica_handle_request Engine-default generate"),
+    ):
+        text = "".join(file.read_text() for file in folder.glob(f"replica_spts_{replica}_*"))
+        names = {each["name"] for each in objects(text) if each["context"]["trace_id"] == f"0x{trace_id}"}
+        assert span in names
+
+
+def objects(text: str) -> list[dict]:
+    """The JSON objects that a text consists of."""
+    decoder, found, place = json.JSONDecoder(), [], 0
+    while (place := text.find("{", place)) >= 0:
+        each, place = decoder.raw_decode(text, place)
+        found.append(each)
+    return found
+
+
+def test_what_has_begun_is_finished_before_the_endpoint_goes(http, driver, other_ranks):
+    from ray import serve
+
+    body = {"model": "tiny", "prompt": prompt(90, seed=0), "max_tokens": 400, "temperature": 0}
+    gone: list[float] = []
+
+    def delete() -> None:
+        serve.delete("spts")
+        gone.append(time.monotonic())
+
+    deletion = threading.Thread(target=delete)
+    events: list[str] = []
+    with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line and not events:
+                deletion.start()
+            events += [line.removeprefix("data: ")] if line else []
+    ended = time.monotonic()
+    deletion.join(120)
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+    assert gone
+    assert gone[0] > ended
+    assert http.post("/v1/completions", json=body).status_code in (404, 503)
+    assert rank_pids() == other_ranks
 
 
 def test_a_typo_in_args_fails_the_deployment_and_names_the_key(http, ray_cluster, tiny_model, tmp_path):

@@ -21,10 +21,10 @@ class TracingShard(Shard):
         model, prefix = self._loaded, None
         if prefix_tokens:
             other = model.start_prefill((*token_ids[:prefix_tokens], 1), method, keep_prefix=prefix_tokens)
-            model.advance(other, len(model.layers))
+            model.advance(other)
             prefix = other.kept
         state = model.start_prefill(token_ids, method, trace=True, prefix=prefix)
-        model.advance(state, len(model.layers))
+        model.advance(state)
         prefill = state.result
         assert prefill is not None
         assert prefill.trace is not None

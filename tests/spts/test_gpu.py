@@ -55,10 +55,11 @@ def test_no_layer_waits_for_the_host(models, method):
     state = there.start_prefill(prompt(300), method)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        there.advance(state, 5)
+        while state.next_layer < 5:  # the last layer's slice ends the prefill, which asks for NaN
+            there.advance(state, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert there.advance(state, 1)
+    assert there.advance(state)
 
 
 def test_a_gpu_chooses_as_the_cpu_where_rounding_has_no_say(models):

@@ -10,7 +10,8 @@ import torch
 from spts.cost import prefix_bytes, reused_flops
 from spts.errors import RequestError
 from spts.methods import Dense, Method, Random, Recency, Spts
-from spts.model import Prefill, PrefillState, SptsModel
+from spts.model import SptsModel
+from spts.prefill import Prefill, PrefillState
 from spts.prefix import Prefix
 from spts.schedule import Schedule, Stage
 from tests.spts.tiny import ample_schedule, prompt, spts_model, transformers_model
@@ -44,13 +45,13 @@ def model(request) -> SptsModel:
 
 def kept(model: SptsModel, token_ids: list[int], method: Method, keep_prefix: int) -> Prefix:
     state = model.start_prefill(token_ids, method, keep_prefix=keep_prefix)
-    model.advance(state, 6)
+    model.advance(state)
     assert state.kept is not None
     return state.kept
 
 
-def finish(model: SptsModel, state: PrefillState, layers: int = 6) -> Prefill:
-    while not model.advance(state, layers):
+def finish(model: SptsModel, state: PrefillState, flops: int | None = None) -> Prefill:
+    while not model.advance(state, flops):
         pass
     assert state.result is not None
     return state.result
@@ -75,16 +76,16 @@ def assert_same(ours: Prefill, theirs: Prefill) -> None:
             torch.testing.assert_close(*rows, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, 6])
+@pytest.mark.parametrize("flops", [10**6, 10**7, None])
 @pytest.mark.parametrize(("prefix_tokens", "num_tokens"), [(1, 63), (100, 163), (200, 201)])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_prompt_on_a_kept_prefix_equals_one_computed_whole(model, name, prefix_tokens, num_tokens, layers):
+def test_a_prompt_on_a_kept_prefix_equals_one_computed_whole(model, name, prefix_tokens, num_tokens, flops):
     method, shared = METHODS[name], prompt(prefix_tokens)
     prefix = kept(model, shared + prompt(30), method, prefix_tokens)
     token_ids = shared + prompt(num_tokens - prefix_tokens)
     whole = model.prefill(token_ids, method, trace=True, max_new_tokens=6)
     state = model.start_prefill(token_ids, method, trace=True, max_new_tokens=6, prefix=prefix)
-    reused = finish(model, state, layers)
+    reused = finish(model, state, flops)
     assert state.reused_tokens == prefix_tokens
     assert state.kept is None
     assert_same(reused, whole)
@@ -123,9 +124,9 @@ def test_a_prefix_is_never_changed_by_those_that_use_it(model, name):
     expected = [model.prefill(each, method, trace=True) for each in prompts]
     for order in ([0, 1], [1, 0]):
         states = [model.start_prefill(prompts[each], method, trace=True, prefix=prefix) for each in order]
-        for _ in range(6):  # side by side, layer by layer
+        while any(state.result is None for state in states):  # side by side, slice by slice
             for state in states:
-                model.advance(state, 1)
+                model.advance(state, 10**6)
         for each, state in zip(order, states, strict=True):
             assert state.result is not None
             assert_same(state.result, expected[each])
@@ -134,7 +135,7 @@ def test_a_prefix_is_never_changed_by_those_that_use_it(model, name):
 
 def _tensors(prefix: Prefix) -> list[torch.Tensor]:
     tensors = [tensor for pair in prefix.keys_values for tensor in pair]
-    return tensors + ([] if prefix.x_PD is None else [prefix.x_PD])
+    return tensors + ([] if prefix.x_SD is None else [prefix.x_SD])
 
 
 def test_methods_that_first_skip_in_the_same_layer_share_a_prefix(model):
@@ -145,17 +146,34 @@ def test_methods_that_first_skip_in_the_same_layer_share_a_prefix(model):
     assert_same(finish(model, state), model.prefill(token_ids, METHODS["spts"], trace=True))
 
 
-def test_what_a_prompt_on_a_prefix_keeps_is_a_prefix_too(model):
-    shared = prompt(80)
-    method = METHODS["spts"]
-    prefix = kept(model, shared + prompt(9), method, 80)
-    longer = shared + prompt(40)
-    state = model.start_prefill(longer + prompt(5), method, prefix=prefix, keep_prefix=120)
+@pytest.mark.parametrize("name", ["dense", "spts"])
+def test_what_a_prompt_on_a_prefix_adds_is_a_piece_of_its_own(model, name):
+    """A question's tokens on a document's, another's on part of both: each prompt equals itself alone."""
+    method, document = METHODS[name], prompt(80)
+    first = kept(model, document + prompt(9), method, 85)
+    longer = document + prompt(40)
+    state = model.start_prefill(longer + prompt(5), method, prefix=first, reuse_tokens=80, keep_prefix=120)
     finish(model, state)
-    assert state.kept is not None
-    token_ids = longer + prompt(11)
-    again = model.start_prefill(token_ids, method, trace=True, prefix=state.kept)
-    assert_same(finish(model, again), model.prefill(token_ids, method, trace=True))
+    second = state.kept
+    assert second is not None
+    assert (second.num_tokens, second.before_tokens, len(second.token_ids)) == (120, 80, 40)
+    assert second.num_bytes * 85 == first.num_bytes * 40, "only what is new is there twice"
+    for reuse_tokens in (120, 119, 100, 81, 80, 79, 1):
+        token_ids = longer[:reuse_tokens] + prompt(130 - reuse_tokens)
+        again = model.start_prefill(
+            token_ids, method, trace=True, prefix=second, reuse_tokens=reuse_tokens, keep_prefix=125
+        )
+        assert_same(finish(model, again, 10**7), model.prefill(token_ids, method, trace=True))
+        assert again.kept is not None
+        assert len(again.kept.token_ids) == 125 - reuse_tokens
+
+
+def test_a_prompt_that_goes_no_further_than_what_is_reused_keeps_nothing(model):
+    method, document = METHODS["spts"], prompt(80)
+    prefix = kept(model, document + prompt(9), method, 80)
+    state = model.start_prefill(document + prompt(5), method, prefix=prefix, keep_prefix=80)
+    finish(model, state)
+    assert state.kept is None
 
 
 @pytest.mark.parametrize("name", ["dense", "spts"])
@@ -164,7 +182,7 @@ def test_bytes_are_those_that_were_predicted_and_no_view_holds_more(model, name)
     prefix = kept(model, prompt(130), method, 70)
     depth = method.schedule_for(6).first_skip_layer
     assert (prefix.num_tokens, prefix.depth, len(prefix.keys_values)) == (70, depth, depth)
-    assert (prefix.x_PD is None) == (name == "dense")
+    assert (prefix.x_SD is None) == (name == "dense")
     assert prefix.num_bytes == prefix_bytes(model.shape, 70, depth, dtype_bytes=8)
     assert prefix.num_bytes == sum(tensor.untyped_storage().nbytes() for tensor in _tensors(prefix))
 
@@ -236,6 +254,8 @@ def test_what_does_not_fit_together_is_refused_before_any_compute(model, monkeyp
         with pytest.raises(RequestError, match=message) as refused:
             asked.start_prefill(token_ids, method, prefix=prefix)
         assert refused.value.code == "invalid_prefix"
+    with pytest.raises(RequestError, match="prefix must hold 51 tokens, got 50"):
+        model.start_prefill([*shared, 3, 4], METHODS["spts"], prefix=prefix, reuse_tokens=51)
     for keep_prefix in (-1, 50, 51):
         with pytest.raises(RequestError, match=f"prefix_tokens must .* got {keep_prefix};"):
             model.start_prefill(shared, METHODS["spts"], keep_prefix=keep_prefix)

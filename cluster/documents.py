@@ -1,0 +1,195 @@
+"""Which beginnings of prompts the ranks keep, what a new prompt can reuse of them, and which go first.
+
+A tree: a kept prompt that began like another goes on from it, and its own part holds only the tokens that are
+new. So a document is there once, with the questions about it as branches. What is found is the longest
+common beginning, token by token: the tokens themselves are compared, so a match is exact. Ranks hold the
+tensors and do as they are told (`cluster.protocol.Step`); here are only token ids and bytes.
+
+Pure Python: no torch, no ray.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Shorter beginnings, such as a chat template's first words, are not worth the copying.
+LEAST_TOKENS = 64
+
+
+@dataclass(kw_only=True, eq=False)
+class Document:
+    """A kept beginning: the first `begins` tokens of `before`, then `token_ids`.
+
+    name: what ranks call it. num_bytes: of its own part, on one rank. users: prefills that read it or what
+    goes on from it, so that it must stay.
+    """
+
+    name: int
+    depth: int
+    before: Document | None
+    begins: int
+    token_ids: tuple[int, ...]
+    num_bytes: int
+    users: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens from the prompt's first to its own last."""
+        return self.begins + len(self.token_ids)
+
+    def line(self) -> Iterator[Document]:
+        """It and what it goes on from, up to the root."""
+        document: Document | None = self
+        while document is not None:
+            yield document
+            document = document.before
+
+
+class Documents:
+    """The documents of one engine, at most `max_bytes` of them on each rank.
+
+    A document is `reserve`d when the prefill that will leave it begins, and `keep`s or `forget`s its place
+    when that has ended; until then nobody finds it. Documents named by `take_forgotten` are gone.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._kept: OrderedDict[int, Document] = OrderedDict()  # the least recently used first
+        self._reserved: dict[int, Document] = {}
+        # By what they go on from (a depth at the root), after how many tokens, with which token.
+        self._next: dict[tuple[Document | int, int, int], list[Document]] = {}
+        self._num_next: dict[int, int] = {}
+        self._forgotten: list[int] = []
+        self._names = 0
+
+    def find(self, token_ids: tuple[int, ...], depth: int, limit: int) -> tuple[Document | None, int]:
+        """The document with the longest common beginning, and its length, at most `limit` tokens.
+
+        depth: the layers that the beginning has to have run.
+        """
+        found, length = None, 0
+        place: Document | int = depth
+        while length < limit:
+            after = self._next.get((place, length, token_ids[length]))
+            if not after:
+                break
+            start = length
+            for each in after:
+                end = start + _common(each.token_ids, token_ids, start, limit)
+                if end > length:
+                    found, length = each, end
+            assert found is not None, "they begin with the same token"
+            place = found
+        return found, length
+
+    def use(self, document: Document, by: int) -> None:
+        """Count `by` more users: 1 before, -1 after. It becomes the most recently used."""
+        for each in document.line():  # what it goes on from last, so that the tree is left from its leaves
+            each.users += by
+            if each.name in self._kept:
+                self._kept.move_to_end(each.name)
+
+    def reserve(
+        self, token_ids: tuple[int, ...], depth: int, before: Document | None, begins: int, num_bytes: int
+    ) -> Document:
+        """Count a document that a prefill will leave: `token_ids` after the first `begins` of `before`."""
+        self._names += 1
+        document = Document(
+            name=self._names,
+            depth=depth,
+            before=before if begins else None,
+            begins=begins,
+            token_ids=token_ids,
+            num_bytes=num_bytes,
+        )
+        if document.before is not None:
+            self.use(document.before, 1)
+        self.num_bytes += num_bytes
+        self._reserved[document.name] = document
+        return document
+
+    def keep(self, name: int) -> None:
+        """The ranks hold it now. One with the same tokens may have come first: then it is forgotten."""
+        document = self._reserved.pop(name, None)
+        if document is None:
+            return
+        if document.before is not None:
+            self.use(document.before, -1)
+        alike = self._next.setdefault(self._place(document), [])
+        size = len(document.token_ids)
+        if any(each.token_ids[:size] == document.token_ids for each in alike):
+            self.num_bytes -= document.num_bytes
+            self._forgotten.append(name)
+            return
+        alike.append(document)
+        self._kept[name] = document
+        if document.before is not None:
+            self._num_next[document.before.name] = self._num_next.get(document.before.name, 0) + 1
+            self.use(document.before, 0)
+
+    def abandon(self, name: int) -> None:
+        """Its prefill ended early, so no rank holds it."""
+        document = self._reserved.pop(name, None)
+        if document is not None:
+            self.num_bytes -= document.num_bytes
+            if document.before is not None:
+                self.use(document.before, -1)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of documents that nobody reads now."""
+        return sum(document.num_bytes for document in self._kept.values() if not document.users)
+
+    def shrink(self, max_bytes: int) -> None:
+        """Forget the least recently used, leaves first, until they are at most `max_bytes`, or all in use."""
+        while self.num_bytes > max_bytes:
+            leaf = next(
+                (each for each in self._kept.values() if not each.users and not self._num_next.get(each.name)),
+                None,
+            )
+            if leaf is None:
+                return
+            self._drop(leaf)
+
+    def take_forgotten(self) -> tuple[int, ...]:
+        """Names that ranks are to drop, said once."""
+        forgotten, self._forgotten = tuple(self._forgotten), []
+        return forgotten
+
+    def _drop(self, document: Document) -> None:
+        del self._kept[document.name]
+        place = self._place(document)
+        self._next[place].remove(document)
+        if not self._next[place]:
+            del self._next[place]
+        self._num_next.pop(document.name, None)
+        if document.before is not None:
+            self._num_next[document.before.name] -= 1
+        self.num_bytes -= document.num_bytes
+        self._forgotten.append(document.name)
+
+    @staticmethod
+    def _place(document: Document) -> tuple[Document | int, int, int]:
+        return (
+            document.depth if document.before is None else document.before,
+            document.begins,
+            document.token_ids[0],
+        )
+
+
+def _common(ours: tuple[int, ...], theirs: tuple[int, ...], start: int, limit: int) -> int:
+    """How many tokens of `ours` are those of `theirs[start:limit]`: (1, 2, 3) and (7, 1, 2, 9) from 1, two."""
+    size = min(len(ours), limit - start)
+    length = 0
+    while length < size:
+        block = min(LEAST_TOKENS, size - length)
+        if ours[length : length + block] == theirs[start + length : start + length + block]:
+            length += block
+        elif ours[length] == theirs[start + length]:
+            length, size = length + 1, min(size, length + block)
+        else:
+            break
+    return length

@@ -1,0 +1,120 @@
+"""The replicas of an engine behind Serve: what each reports, and a handle that answers as one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import ray
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.balance import Balance, Placement
+from cluster.protocol import Chunk, EngineError, EngineInfo, EngineStats, Request
+
+# Seconds between two reports of a replica to all routers.
+REPORT_PERIOD_S = 2.0
+
+
+class PlacedRequest:
+    """A request on its way to a replica. In the router's process it has its placement with it; what a replica
+    gets is the request alone."""
+
+    def __init__(self, request: Request, placement: Placement) -> None:
+        self.request = request
+        self.placement = placement
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return replace, (self.request,)  # read back as what `dataclasses.replace` makes of it: the same again
+
+
+def routing_stats(*, ready: bool, queued: Sequence[Request]) -> dict[str, Any]:
+    """What a replica reports to every router. queued: the requests whose prefill has not ended."""
+    tokens: dict[str, int] = {}
+    for request in queued:
+        router_id = request.request_id.partition("-")[0]
+        tokens[router_id] = tokens.get(router_id, 0) + len(request.token_ids)
+    return {"ready": ready, "queued": tokens}
+
+
+def queued_by_others(stats: Mapping[str, Any], router_id: str) -> int | None:
+    """The tokens that other routers than `router_id` have queued at a replica with these `routing_stats`;
+    None when it is not ready. A replica that has not reported yet is new, and has nothing queued.
+
+    >>> queued_by_others({"ready": True, "queued": {"a": 10, "b": 20, "c": 5}}, "a")
+    25
+    """
+    if not stats.get("ready", True):
+        return None
+    return sum(tokens for other, tokens in stats.get("queued", {}).items() if other != router_id)
+
+
+class ServeEngine:
+    """`cluster.dispatch.EngineClient` over a handle to an engine's deployment, all its replicas as one."""
+
+    def __init__(self, handle: DeploymentHandle, balance: Balance) -> None:
+        self._handle = handle
+        self._balance = balance
+
+    async def info(self) -> EngineInfo:
+        """See `Engine.info`; the same for all replicas."""
+        with _engine_errors():
+            info: EngineInfo = await self._handle.info.remote()
+            return info
+
+    async def ready(self) -> bool:
+        """See `Engine.ready`: whether any replica is."""
+        return any(answer is True for answer in await self._everyone("ready"))
+
+    async def stats(self) -> EngineStats:
+        """See `Engine.stats`: the sums over all replicas that answer."""
+        answers = await self._everyone("stats")
+        known = [answer for answer in answers if isinstance(answer, EngineStats)]
+        if not known:
+            raise EngineError("unavailable", "the engine is not there; retry later")
+        return total(known)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache."""
+        placement = self._balance.open(request.token_ids)
+        named = replace(request, request_id=f"{placement.router_id}-{request.request_id}")
+        chunks = self._handle.options(stream=True).generate.remote(PlacedRequest(named, placement))
+        try:
+            with _engine_errors():
+                async for chunk in chunks:
+                    placement.close()
+                    yield chunk
+        except EngineError as error:
+            if error.kind == "unavailable":
+                placement.fail()
+            raise
+        finally:
+            placement.close()
+            chunks.cancel()
+
+    async def _everyone(self, method: str) -> list[Any]:
+        """What each replica answers, or how it fails."""
+        with _engine_errors():
+            return await self._handle.broadcast(method).results_async(return_exceptions=True)
+
+
+def total(stats: Sequence[EngineStats]) -> EngineStats:
+    """The sums, field by field; None where one does not know."""
+    sums: dict[str, Any] = {}
+    for field in fields(EngineStats):
+        values = [getattr(each, field.name) for each in stats]
+        sums[field.name] = None if None in values else sum(values)
+    return EngineStats(**sums)
+
+
+@contextmanager
+def _engine_errors() -> Iterator[None]:
+    """Serve's and Ray's failures as an engine's."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except (ray.exceptions.RayError, RayServeException) as error:
+        raise EngineError("unavailable", "the engine is not there; retry later") from error

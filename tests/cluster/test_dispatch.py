@@ -1,0 +1,197 @@
+"""What a request may choose, and where it goes when its engine is lost: over HTTP, on fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import httpx
+import pytest
+
+from cluster.config import AppConfig
+from cluster.protocol import EngineError
+from cluster.router import Router
+from spts.methods import Spts
+from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint, error_of, events
+from tests.cluster.tiny import SCHEDULE
+from tests.fakes import FakeEngine
+
+
+async def refused(client: httpx.AsyncClient, **fields) -> dict:
+    answer = await client.post(COMPLETIONS, json=completion(**fields))
+    assert answer.status_code == 400, answer.text
+    return error_of(answer)
+
+
+async def test_a_request_chooses_within_the_limits_of_the_configuration(folder):
+    small = {**SCHEDULE.to_dict(), "stages": [{"last_layer": 3, "active_tokens": 15, "keep_tokens": 10}]}
+    large = {**SCHEDULE.to_dict(), "stages": [{"last_layer": 3, "active_tokens": 20, "keep_tokens": 16}]}
+    limits = {"allowed_methods": ["dense", "spts"], "min_budget_tokens": 16}
+    async with endpoint(folder, **limits) as (client, engine):
+        steps = len(engine.group.steps)
+        for spts, message in (
+            ({"method": "random"}, "spts.method must be one of dense, spts, got 'random'"),
+            ({"method": "spts", "schedule": small}, "at least 16 tokens, got 10 up to layer 3"),
+        ):
+            error = await refused(client, spts=spts)
+            assert (error["param"], error["code"]) == ("spts", "invalid_value")
+            assert message in error["message"]
+        assert len(engine.group.steps) == steps
+        for spts in ({"method": "dense"}, {"method": "spts"}, {"method": "spts", "schedule": large}):
+            assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
+    async with endpoint(folder, allowed_methods=[]) as (client, _):
+        error = await refused(client, spts={"method": "dense"})
+        assert "none: this server chooses by the prompt's length" in error["message"]
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
+
+
+async def test_what_a_choice_leaves_open_is_as_configured(folder):
+    ablated = {**POOLS[1]["method"], "probe_tokens": 4}
+    pools = [POOLS[0], {"method": ablated}]
+    async with endpoint(folder, pools=pools) as (client, engine):
+        await client.post(COMPLETIONS, json=completion(spts={"method": "spts"}))
+        await client.post(COMPLETIONS, json=completion(spts={"method": "recency"}))
+        await client.post(COMPLETIONS, json=completion(spts={"activity": 3}))
+        chosen = [step.start.method for step in engine.group.steps if step.start is not None][1:]
+    assert chosen[0] == Spts(schedule=SCHEDULE, probe_tokens=4)
+    assert chosen[1].to_dict() == {"name": "recency", "schedule": SCHEDULE.to_dict()}
+    assert chosen[2].name == "dense", "the pool's, for a prompt this short"
+
+
+async def test_a_schedule_without_a_method_is_refused(folder):
+    async with endpoint(folder) as (client, _):
+        for spts in ({"schedule": SCHEDULE.to_dict()}, {"seed": 3}):
+            assert "spts.method must be given" in (await refused(client, spts=spts))["message"]
+
+
+async def test_activity_comes_with_the_usage_when_it_is_asked_for(folder):
+    async with endpoint(folder) as (client, _):
+        body = completion(prompt=[7] * 20, spts={"activity": 5})
+        whole = (await client.post(COMPLETIONS, json=body)).json()["usage"]["spts"]["activity"]
+        assert whole == {"bins": 5, "attention": [[100] * 5] * 6, "ffn": [[100] * 5] * 6}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        usage = events(await client.post(COMPLETIONS, json=body))[-2]["usage"]
+        assert usage["spts"]["activity"] == whole
+        short = (await client.post(CHAT, json=chat(spts={"activity": 512}))).json()["usage"]
+        assert short["spts"]["activity"]["bins"] == short["prompt_tokens"] < 512
+        for bins in (0, 513, "5"):
+            error = await refused(client, spts={"activity": bins})
+            assert error["param"] == "spts"
+            assert error["message"].startswith("spts.activity must")
+        several = await refused(client, spts={"activity": 5}, n=2)
+        assert "one choice of one prompt, got 1 x 2" in several["message"]
+
+
+class LosesReplicas(FakeEngine):
+    """Of several replicas, all ready, the first `num_lost` to be asked are lost."""
+
+    num_lost = 0
+
+    async def generate(self, request):
+        if self.num_lost:
+            self.num_lost -= 1
+            raise EngineError("unavailable", "the engine is not there; retry later")
+        async for chunk in super().generate(request):
+            yield chunk
+
+
+@contextlib.asynccontextmanager
+async def two_engines(folder, pools, **engine):
+    engines = {name: {"model": str(folder), **engine} for name in ("short", "long")}
+    config = AppConfig.model_validate({"served_model_name": "tiny", "engines": engines, "pools": pools})
+    fakes = {name: LosesReplicas(engine, step_s=0.002) for name, engine in config.engines.items()}
+    for fake in fakes.values():
+        await fake.start()
+    transport = httpx.ASGITransport(app=Router(config, fakes).app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://test/", timeout=30) as client:
+        yield client, fakes
+    for fake in fakes.values():
+        await fake.shutdown()
+
+
+SHORT_AND_LONG = [{**POOLS[0], "engine": "short"}, {**POOLS[1], "engine": "long"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_without_a_token_yet_goes_to_another_engine_that_may_serve_it(folder, stream):
+    async with two_engines(folder, SHORT_AND_LONG) as (client, fakes):
+        fakes["short"].group.step_s = 5.0  # its prefill is on its way
+        body = completion(stream=stream, max_tokens=3)
+        sent = asyncio.create_task(client.post(COMPLETIONS, json=body))
+        await asyncio.sleep(0.2)
+        assert not sent.done()
+        fakes["short"].group.fail_starts = 99
+        fakes["short"].group.lose_a_rank()
+        answer = await sent
+        assert answer.status_code == 200
+        if not stream:
+            assert answer.json()["usage"]["spts"]["method"] == "dense", "still the method of its own pool"
+            assert answer.json()["usage"]["completion_tokens"] == 3
+        else:
+            assert events(answer)[-1] == "[DONE]"
+        # From now on the lost engine is not asked in vain for each of them: it answers at once.
+        assert (await client.post(COMPLETIONS, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("replicas", "num_lost", "status", "elsewhere"), [(2, 1, 200, 0), (2, 2, 503, 0), (1, 1, 200, 1)]
+)
+async def test_another_replica_is_asked_before_any_other_engine(
+    folder, replicas, num_lost, status, elsewhere
+):
+    async with two_engines(folder, SHORT_AND_LONG, replicas=replicas) as (client, fakes):
+        await client.get("ready")
+        before = len(started(fakes["long"]))
+        fakes["short"].num_lost = num_lost
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == status
+        assert len(started(fakes["long"])) - before == elsewhere
+
+
+def started(fake):
+    return [step.start for step in fake.group.steps if step.start is not None]
+
+
+async def test_a_long_prompt_does_not_go_to_the_engine_of_the_short_ones(folder):
+    async with two_engines(folder, SHORT_AND_LONG) as (client, fakes):
+        await client.get("ready")
+        await fakes["long"].shutdown()
+        answer = await client.post(COMPLETIONS, json=completion(prompt=[7] * 51))
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert error_of(answer)["code"] == "unavailable"
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
+
+
+async def test_it_is_tried_once_more_and_no_more(folder):
+    async with two_engines(folder, SHORT_AND_LONG) as (client, fakes):
+        await client.get("ready")
+        for fake in fakes.values():
+            fake.group.step_s = 5.0
+        sent = asyncio.create_task(client.post(COMPLETIONS, json=completion()))
+        for name in ("short", "long"):
+            await asyncio.sleep(0.2)
+            assert not sent.done()
+            fakes[name].group.lose_a_rank()
+        answer = await sent
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
+
+
+async def test_an_answer_that_has_begun_is_not_begun_again(folder):
+    async with two_engines(folder, SHORT_AND_LONG) as (client, fakes):
+        body = completion(stream=True, max_tokens=400)
+        sent = asyncio.create_task(client.post(COMPLETIONS, json=body))
+        await asyncio.sleep(0.2)
+        steps = len(fakes["long"].group.steps)
+        fakes["short"].group.lose_a_rank()
+        *chunks, last = events(await sent)
+        assert chunks
+        assert last["error"]["code"] == "unavailable"
+        assert len(fakes["long"].group.steps) == steps
+
+
+async def test_an_overloaded_engine_is_said_to_be_so_not_left(folder):
+    pools = [{**POOLS[0], "engine": "short"}, {**POOLS[1], "engine": "long"}]
+    async with two_engines(folder, pools) as (client, fakes):
+        fakes["short"]._scheduler._max_running = fakes["short"]._scheduler._max_waiting = 0
+        answer = await client.post(COMPLETIONS, json=completion())
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "overloaded")

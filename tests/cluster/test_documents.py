@@ -1,0 +1,126 @@
+"""What is found of a prompt among those kept, against a plain list; what goes first; that bytes add up."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.documents import Documents
+
+A, B, C = (tuple(range(start, start + 100)) for start in (1, 201, 401))
+
+
+def keep(documents: Documents, token_ids: tuple[int, ...], depth: int = 4) -> int:
+    """Keep all of a prompt at a byte a token, going on from what is there already; returns its name."""
+    before, length = documents.find(token_ids, depth, len(token_ids))
+    document = documents.reserve(token_ids[length:], depth, before, length, len(token_ids) - length)
+    documents.keep(document.name)
+    return document.name
+
+
+def test_questions_about_one_document_hold_it_once():
+    documents = Documents(1000)
+    keep(documents, A + B)
+    keep(documents, A + C)
+    assert documents.num_bytes == 300
+    for question in (B, C):
+        assert documents.find(A + question, 4, 199)[1] == 199
+    assert documents.find(A + B[:10] + C, 4, 209)[1] == 110
+    assert documents.find(A[:63] + C, 4, 162)[1] == 63
+    assert documents.find(C + A, 4, 199) == (None, 0)
+
+
+def test_another_depth_finds_nothing():
+    documents = Documents(1000)
+    keep(documents, A, depth=4)
+    assert documents.find(A, 12, 99) == (None, 0)
+    keep(documents, A, depth=12)
+    assert documents.num_bytes == 200
+
+
+def test_leaves_go_first_and_the_latest_used_last():
+    documents = Documents(1000)
+    first, second, third = keep(documents, A + B), keep(documents, A + C), keep(documents, C)
+    found, _ = documents.find(A + B, 4, 200)
+    assert found is not None
+    documents.use(found, 1)
+    documents.use(found, -1)
+    documents.shrink(299)
+    assert documents.take_forgotten() == (second, third)
+    documents.shrink(0)
+    assert documents.take_forgotten() == (first,)
+    assert documents.num_bytes == documents.free_bytes == 0
+    assert documents.find(A, 4, 100) == (None, 0)
+
+
+def test_what_is_read_stays_and_so_does_what_it_goes_on_from():
+    documents = Documents(1000)
+    keep(documents, A)
+    keep(documents, A + B)
+    keep(documents, C)
+    found, _ = documents.find(A + B, 4, 200)
+    assert found is not None
+    documents.use(found, 1)
+    assert documents.free_bytes == 100
+    documents.shrink(0)
+    assert documents.num_bytes == 200
+    documents.use(found, -1)
+    documents.shrink(0)
+    assert documents.num_bytes == 0
+
+
+def test_two_that_leave_the_same_document_leave_it_once():
+    documents = Documents(1000)
+    first, second = (documents.reserve(A, 4, None, 0, 100) for _ in range(2))
+    assert documents.find(A, 4, 100) == (None, 0), "before it is there nobody finds it"
+    documents.keep(first.name)
+    documents.keep(second.name)
+    assert documents.take_forgotten() == (second.name,)
+    assert documents.num_bytes == 100
+
+
+def test_one_that_is_given_up_leaves_nothing():
+    documents = Documents(1000)
+    keep(documents, A)
+    before, length = documents.find(A + B, 4, 200)
+    document = documents.reserve(B, 4, before, length, 100)
+    assert documents.free_bytes == 0
+    documents.abandon(document.name)
+    documents.keep(document.name)
+    assert (documents.num_bytes, documents.free_bytes) == (100, 100)
+    assert documents.take_forgotten() == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_the_longest_common_beginning_is_found_and_bytes_add_up(seed):
+    """Prompts over two tokens, so that they share beginnings of all lengths, blocks and odd ends."""
+    draw = random.Random(seed)
+    documents, held = Documents(10**6), {}
+    for _ in range(draw.randint(1, 25)):
+        if held and draw.random() < 0.7:
+            base = draw.choice(list(held.values()))[: draw.choice([1, 63, 64, 65, 127, 128, 129, 200])]
+        else:
+            base = ()
+        token_ids = base + tuple(draw.choices((1, 2), k=draw.choice([1, 5, 64, 130])))
+        limit = draw.randint(0, len(token_ids))
+        _, length = documents.find(token_ids, 3, limit)
+        shared = max((_shared(token_ids[:limit], other) for other in held.values()), default=0)
+        assert length == shared
+        if all(other[: len(token_ids)] != token_ids for other in held.values()):
+            held[keep(documents, token_ids, depth=3)] = token_ids
+        if draw.random() < 0.2:
+            documents.shrink(documents.num_bytes // 2)
+            for name in documents.take_forgotten():
+                del held[name]
+        distinct = {token_ids[:end] for token_ids in held.values() for end in range(1, len(token_ids) + 1)}
+        assert documents.num_bytes >= len(distinct), "every kept beginning is somewhere"
+    documents.shrink(0)
+    assert documents.num_bytes == 0
+    assert set(documents.take_forgotten()) == set(held)
+
+
+def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return next((place for place, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))

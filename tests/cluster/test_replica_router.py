@@ -1,0 +1,180 @@
+"""What replicas report, what a router makes of it, and an engine of several on a stub of Serve's handle."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import ray
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from cluster.balance import Balance
+from cluster.protocol import Chunk, EngineError, EngineStats, Request
+from cluster.replica_router import ReplicaRouter
+from cluster.replicas import PlacedRequest, ServeEngine, queued_by_others, routing_stats, total
+from spts.methods import Dense
+from tests.cluster.conftest import REPOSITORY
+
+# Ray's own models use what pydantic deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def request(request_id="r", num_tokens=10) -> Request:
+    return Request(request_id=request_id, token_ids=(7,) * num_tokens, method=Dense(), max_new_tokens=2)
+
+
+def test_a_replica_says_what_each_router_has_queued():
+    queued = [request("one-a", 10), request("two-b", 20), request("one-c", 5), request("three-d", 3)]
+    stats = routing_stats(ready=True, queued=queued)
+    assert stats == {"ready": True, "queued": {"one": 15, "two": 20, "three": 3}}
+    assert queued_by_others(stats, "one") == 23
+    assert queued_by_others({}, "one") == 0, "it has just started"
+    assert queued_by_others(routing_stats(ready=False, queued=[]), "one") is None
+
+
+def test_a_replica_gets_the_request_alone():
+    balance = Balance(affinity_tokens=0)
+    sent = request()
+    assert pickle.loads(pickle.dumps(PlacedRequest(sent, balance.open(sent.token_ids)))) == sent
+
+
+def test_serves_copy_of_the_router_knows_this_processs_requests(tmp_path):
+    """Serve takes the class apart and builds it again elsewhere; a class of its own module would differ."""
+    config = RequestRouterConfig(request_router_class=ReplicaRouter)
+    (tmp_path / "router").write_bytes(config.get_serialized_request_router_cls())
+    script = """
+import pickle, sys
+copied = pickle.load(open(sys.argv[1], "rb"))
+from cluster.replica_router import ReplicaRouter
+from cluster.replicas import PlacedRequest
+find = copied.choose_replicas.__globals__["_placement"]
+print(copied is ReplicaRouter, find.__globals__["PlacedRequest"] is PlacedRequest)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "router")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == "False True", done.stderr
+
+
+def test_stats_are_summed():
+    one = EngineStats(running=1, waiting=2, kv_bytes=3, kv_bytes_limit=10, queued_prefill_tokens=4)
+    two = EngineStats(running=10, waiting=20, kv_bytes=30, kv_bytes_limit=100, queued_prefill_tokens=40)
+    unknown = EngineStats(running=0, waiting=0, kv_bytes=0, kv_bytes_limit=None, queued_prefill_tokens=0)
+    assert total([one, two]) == EngineStats(
+        running=11, waiting=22, kv_bytes=33, kv_bytes_limit=110, queued_prefill_tokens=44
+    )
+    assert total([one, unknown]).kv_bytes_limit is None
+
+
+class Stream:
+    """Serve's answer to a streaming call: places the request at a, then yields or raises as it was told."""
+
+    def __init__(self, placed: PlacedRequest, items: list) -> None:
+        self.placed = placed
+        self.items = list(items)
+        self.cancelled = False
+        placed.placement.rank({"a": 0, "b": 0})
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if not self.items:
+            raise StopAsyncIteration
+        item = self.items.pop(0)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    """Serve's handle to a deployment, with given answers."""
+
+    def __init__(self, items=(), broadcast=()) -> None:
+        self._items = items
+        self._broadcast = broadcast
+        self.generate = self
+        self.stream: Stream | None = None
+
+    def options(self, **_):
+        return self
+
+    def remote(self, placed):
+        self.stream = Stream(placed, self._items)
+        return self.stream
+
+    def broadcast(self, _method):
+        if isinstance(self._broadcast, Exception):
+            raise self._broadcast
+        return self
+
+    async def results_async(self, *, return_exceptions):
+        assert return_exceptions
+        return list(self._broadcast)
+
+
+FIRST = Chunk(request_id="r", token_ids=(1,))
+
+
+async def test_a_prompt_counts_until_its_first_token():
+    balance = Balance(affinity_tokens=0)
+    handle = Handle([FIRST, FIRST])
+    stream = ServeEngine(handle, balance).generate(request())
+    chunks = [await anext(stream)]
+    assert balance.ahead == {}
+    chunks += [chunk async for chunk in stream]
+    assert chunks == [FIRST, FIRST]
+    assert handle.stream.cancelled
+    assert handle.stream.placed.request.request_id.partition("-")[0] == balance.router_id
+
+
+async def test_a_client_that_leaves_takes_its_prompt_with_it():
+    balance = Balance(affinity_tokens=0)
+    handle = Handle([FIRST])
+    stream = ServeEngine(handle, balance).generate(request())
+    await anext(stream)
+    await stream.aclose()
+    assert handle.stream.cancelled
+    assert balance.ahead == {}
+
+
+GONE = ray.exceptions.RayActorError()
+RESTARTING = ray.exceptions.RayTaskError("generate", "", EngineError("unavailable", "its ranks start again"))
+FULL = ray.exceptions.RayTaskError("generate", "", EngineError("overloaded", "one more than it takes"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "next_one"),
+    [(GONE, "unavailable", "b"), (RESTARTING, "unavailable", "b"), (FULL, "overloaded", "a")],
+)
+async def test_a_replica_that_is_lost_is_avoided_a_full_one_is_not(fault, kind, next_one):
+    balance = Balance(affinity_tokens=2**15)
+    with pytest.raises(EngineError) as raised:
+        await anext(ServeEngine(Handle([fault]), balance).generate(request(num_tokens=600)))
+    assert raised.value.kind == kind
+    assert balance.ahead == {}
+    again = balance.open((7,) * 600)
+    assert again.rank({"a": 0, "b": 0})[0] == next_one
+
+
+async def test_ready_is_any_stats_are_those_that_answer():
+    stats = EngineStats(running=1, waiting=0, kv_bytes=0, kv_bytes_limit=None, queued_prefill_tokens=5)
+    balance = Balance(affinity_tokens=0)
+    assert await ServeEngine(Handle(broadcast=[False, GONE, True]), balance).ready()
+    assert not await ServeEngine(Handle(broadcast=[False, GONE]), balance).ready()
+    assert await ServeEngine(Handle(broadcast=[GONE, stats, stats]), balance).stats() == total([stats, stats])
+    for nothing in ([GONE], DeploymentUnavailableError(None)):
+        with pytest.raises(EngineError) as raised:
+            await ServeEngine(Handle(broadcast=nothing), balance).stats()
+        assert raised.value.kind == "unavailable"
