@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from cluster.api import UNSUPPORTED, ChatBody, CompletionBody
 from cluster.config import AppConfig
+from cluster.page import FILES
 from cluster.router import Router
 from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint
 from tests.fakes import FakeEngine
@@ -45,7 +46,7 @@ async def test_every_route_is_published_and_every_published_one_is_there(folder)
             for method in getattr(route, "methods", ())
         }
     published = {(path, method) for path, item in document["paths"].items() for method in METHODS & set(item)}
-    page = {("/", "get"), ("/page.css", "get"), ("/page.js", "get"), ("/icon.svg", "get")}
+    page = {(path, "get") for path in FILES}
     assert {route for route in routes if route[1] in METHODS} - page == published | {("/openapi.json", "get")}
     schemas = document["components"]["schemas"]
     assert {"ChatBody", "CompletionBody", "TokenizeBody", "DetokenizeBody", "Error"} <= set(schemas)
