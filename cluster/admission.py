@@ -52,13 +52,16 @@ def check_request(request: Request, info: EngineInfo) -> None:
 def request_bytes(request: Request, info: EngineInfo) -> int:
     """The most bytes that a rank holds for `request` at any time (`spts.memory`)."""
     num_tokens, new_tokens = len(request.token_ids), request.max_new_tokens
-    num_bytes = _prompt_bytes(request.method, num_tokens, new_tokens, info)
-    if request.follow:
-        # The dense model first. Each takes the given tokens all at once; then both models' distributions are
-        # compared in float64.
-        dense_bytes = _prompt_bytes(Dense(), num_tokens, new_tokens, info)
-        num_bytes = max(num_bytes, dense_bytes) + new_tokens * info.shape.vocab_size * (2 * 4 + 3 * 8)
-        num_bytes += _prompt_bytes(Dense(), new_tokens, 0, replace(info, slice_tokens=None))
+    if not request.follow:
+        return _prompt_bytes(request.method, num_tokens, new_tokens, info)
+    # Both models' prompts, one after the other and unsliced; then the given tokens, all at once; then both
+    # models' distributions, compared in float64.
+    whole = replace(info, slice_tokens=None)
+    num_bytes = max(
+        _prompt_bytes(method, num_tokens, new_tokens, whole) for method in (request.method, Dense())
+    )
+    num_bytes += _prompt_bytes(Dense(), new_tokens, 0, whole)
+    num_bytes += new_tokens * info.shape.vocab_size * (2 * 4 + 3 * 8)
     return num_bytes
 
 
@@ -92,8 +95,8 @@ def check_context(info: EngineInfo) -> None:
     longest = bisect_left(range(info.max_context), True, key=lambda num_tokens: not fits(num_tokens)) - 1
     advice = f"set it to at most {longest}, or" if longest >= 2 else "there is no room for any prompt;"
     raise ConfigError(
-        f"max_model_len must be a length of which one dense request fits into the {info.kv_bytes_limit} bytes "
-        f"of KV memory on each rank, got {info.max_context} tokens, which take "
+        f"max_model_len must be a length of which one dense request fits into the {info.kv_bytes_limit} "
+        f"bytes of KV memory on each rank, got {info.max_context} tokens, which take "
         f"{_prompt_bytes(Dense(), info.max_context - 1, 1, info)}; {advice} give the engine more memory "
         "(kv_cache_bytes, tensor_parallel_size)",
         field="max_model_len",

@@ -146,10 +146,8 @@ class Documents:
     def shrink(self, max_bytes: int) -> None:
         """Forget the least recently used, leaves first, until they are at most `max_bytes`, or all in use."""
         while self.num_bytes > max_bytes:
-            leaf = next(
-                (each for each in self._kept.values() if not each.users and not self._num_next.get(each.name)),
-                None,
-            )
+            free = (each for each in self._kept.values() if not each.users)
+            leaf = next((each for each in free if not self._num_next.get(each.name)), None)
             if leaf is None:
                 return
             self._drop(leaf)
@@ -181,7 +179,7 @@ class Documents:
 
 
 def _common(ours: tuple[int, ...], theirs: tuple[int, ...], start: int, limit: int) -> int:
-    """How many tokens of `ours` are those of `theirs[start:limit]`: (1, 2, 3) and (7, 1, 2, 9) from 1, two."""
+    """How many tokens `ours` begins with that `theirs[start:limit]` begins with too."""
     size = min(len(ours), limit - start)
     length = 0
     while length < size:

@@ -61,7 +61,8 @@ class Request:
     asked for. ignore_eos: the model's own end tokens do not end the answer.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
     (see Agreement); as many as max_new_tokens, or none. They all come with the first: their times say nothing
-    about decoding. End tokens among them end nothing, and sampling has no say but for logprobs.
+    about decoding, and nothing else runs meanwhile. End tokens among them end nothing, and sampling has no
+    say but for logprobs.
     """
 
     request_id: str
@@ -186,9 +187,9 @@ class EngineStats:
 class EngineInfo:
     """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank 0.
 
-    proxy: size of the model's FFN proxies; None = it has none. kv_bytes_limit: bytes on each rank for requests
-    and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many tokens; None = a
-    prefill is never sliced.
+    proxy: size of the model's FFN proxies; None = it has none. kv_bytes_limit: bytes on each rank for
+    requests and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many
+    tokens; None = a prefill is never sliced.
     """
 
     model_name: str

@@ -251,9 +251,7 @@ class Scheduler:
         enough = limit - length >= (LEAST_TOKENS if given is None else 1)
         if demand.depth and enough and num_bytes <= room - documents.num_bytes + documents.free_bytes:
             documents.shrink(room - num_bytes)
-            leaves = documents.reserve(
-                demand.token_ids[length:limit], demand.depth, reads, length, num_bytes
-            )
+            leaves = documents.reserve(demand.token_ids[length:limit], demand.depth, reads, length, num_bytes)
         self._prefills[demand.request_id] = _Prefill(
             demand=demand,
             flops_left=demand.flops - reused_flops(self._shape, length, demand.depth),

@@ -168,7 +168,6 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
     model = args.model or DEFAULT_MODEL
     folder = loading.resolve(resolve_path(model))
     loading.check_folder(folder)
-    shape = ModelShape.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     config = EngineConfig(
         model=model,
         dtype=args.dtype,

@@ -71,15 +71,14 @@ class ModelPlan:
         prefix_bytes: what a rank keeps of a context; there is room for one per group that is in flight.
         """
         options = sweep.engine.model_dump(exclude={"count", "in_flight"})
-        alone = sweep.engine.in_flight == 1
-        usual = int(EngineConfig.model_fields["prefix_cache_bytes"].default)
+        usual = {name: field.default for name, field in EngineConfig.model_fields.items()}
         return EngineConfig(
             **options,
             model=self.source,
             proxies=self.proxies,
             max_running=max(8, sweep.engine.in_flight),
-            **({"slice_tokens": None} if alone else {}),
-            prefix_cache_bytes=max(usual, sweep.engine.in_flight * prefix_bytes),
+            slice_tokens=None if sweep.engine.in_flight == 1 else usual["slice_tokens"],
+            prefix_cache_bytes=max(usual["prefix_cache_bytes"], sweep.engine.in_flight * prefix_bytes),
         )
 
 

@@ -16,7 +16,7 @@ from cluster.protocol import Request, Step
 from cluster.stepper import Stepper
 from spts.layer import LayerTrace
 from spts.methods import Dense, Spts
-from tests.cluster.tiny import NUM_LAYERS, SCHEDULE
+from tests.cluster.tiny import SCHEDULE
 
 
 def trace(attention: list[int], ffn: list[int]) -> LayerTrace:
@@ -57,7 +57,7 @@ def test_the_shares_of_a_request_add_up_to_its_work(tiny_model, num_tokens):
             sent = Request(
                 request_id="a", token_ids=token_ids, method=method, max_new_tokens=1, activity_bins=bins
             )
-            output = stepper.step(Step(start=sent, advance=("a", NUM_LAYERS), release=("a",)))
+            output = stepper.step(Step(start=sent, advance=("a", None), release=("a",)))
             assert output is not None
             done = output.prefilled
             assert done is not None

@@ -123,4 +123,7 @@ def test_the_longest_common_beginning_is_found_and_bytes_add_up(seed):
 
 
 def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    return next((place for place, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))
+    length = 0
+    while length < min(len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    return length

@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
 
 import pytest
 
 from cluster.config import EngineConfig
 from cluster.protocol import Agreement, Chunk, EngineError, Request
 from spts import cost
+from spts.errors import ConfigError
 from spts.methods import Dense, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
@@ -222,6 +224,117 @@ async def test_a_result_says_what_was_reused():
     assert (first.reused_tokens, first.reused_flops) == (0, 0)
     assert then.reused_tokens == 3
     assert 0 < then.reused_flops < then.flops == first.flops
+
+
+async def test_the_next_question_on_a_document_reuses_it_without_being_asked_to():
+    document = tuple(range(1, 201))
+    async with started() as engine:
+        questions = [(*document, 280 + i, 7) for i in range(3)]
+        first = await engine.run(request("first", questions[0]))
+        rest = await asyncio.gather(*(engine.run(request(f"r{i}", questions[i])) for i in (1, 2)))
+        skipping = await engine.run(request("spts", questions[1], method=Spts(schedule=SCHEDULE)))
+        stats = await engine.stats()
+        kept = [set(rank.documents) for rank in engine.group.ranks]
+    assert first.reused_tokens == skipping.reused_tokens == 0
+    assert [each.reused_tokens for each in rest] == [200, 200]
+    assert [each.token_ids for each in rest] == [document[:4]] * 2
+    # The dense document at all layers, and the other at the two before the first that skips, with its rows.
+    row = 2 * 2 * 16 * 4
+    assert stats.document_bytes == 201 * row * 6 + 201 * (row * 2 + 64 * 4)
+    assert all(len(names) == 2 for names in kept)
+
+
+async def test_what_is_kept_gives_way_to_requests_and_an_idle_engine_stays_within_its_limit():
+    async with started(kv_cache_bytes=2**21, max_model_len=400, prefix_cache_bytes=2**19) as engine:
+        for i in range(12):
+            await engine.run(request("a", tuple((7 * i + place) % 297 + 1 for place in range(300))))
+            stats = await engine.stats()
+            assert stats.kv_bytes == stats.reserved_bytes == 0
+            assert 0 < stats.document_bytes <= 2**19
+            assert stats.kv_bytes_limit == 2**21
+            assert len(engine.group.ranks[0].documents) == 1
+
+
+async def test_an_engine_without_room_for_one_request_of_its_context_names_the_length_that_has():
+    engine = FakeEngine(EngineConfig(model="fake", kv_cache_bytes=600_000))
+    with pytest.raises(ConfigError, match=r"max_model_len must .* into the 600000 bytes") as refused:
+        await engine.start()
+    longest = int(str(refused.value).rsplit("at most ", 1)[1].split(",")[0])
+    assert 2 < longest < MAX_CONTEXT
+    async with started(kv_cache_bytes=600_000, max_model_len=longest) as engine:
+        sent = request(token_ids=(1,) * (longest - 1), max_new_tokens=1)
+        assert (await engine.run(sent)).token_ids == (1,)
+    with pytest.raises(ConfigError, match=f"at most {longest}, or give the engine more memory"):
+        await FakeEngine(
+            EngineConfig(model="fake", kv_cache_bytes=600_000, max_model_len=longest + 1)
+        ).start()
+
+
+async def test_a_request_that_needs_more_memory_than_there_is_gets_the_numbers():
+    """Following tokens takes distributions over the vocabulary too, so it may not fit where a prompt does."""
+    async with started(kv_cache_bytes=2**21, max_model_len=400) as engine:
+        sent = request(token_ids=(1,) * 200, follow=(1,) * 200, max_new_tokens=200)
+        with pytest.raises(EngineError, match=r"fit into 2097152 bytes .* got \d+ bytes") as refused:
+            await engine.run(sent)
+    assert refused.value.kind == "context_length_exceeded"
+
+
+async def test_requests_that_do_not_fit_together_wait_for_one_another():
+    async with started(kv_cache_bytes=2**21, max_model_len=400, step_s=0.001) as engine:
+        sent = [request(f"r{i}", (i + 1,) * 300, 20) for i in range(5)]
+        running = [asyncio.create_task(engine.run(each)) for each in sent]
+        most = 0
+        while not all(each.done() for each in running):
+            stats = await engine.stats()
+            most = max(most, stats.running)
+            assert stats.reserved_bytes + stats.document_bytes <= 2**21
+            await asyncio.sleep(0.001)
+    assert most < 5
+    assert [each.result().token_ids for each in running] == [(i + 1,) * 20 for i in range(5)]
+
+
+async def test_a_full_queue_says_when_to_come_back():
+    async with started(max_running=1, max_waiting=0, step_s=0.01) as engine:
+        first = asyncio.create_task(engine.run(request("first", (1,) * 300, 30)))
+        await asyncio.sleep(0.02)
+        with pytest.raises(EngineError) as refused:
+            await engine.run(request("second"))
+        await first
+    assert refused.value.kind == "overloaded"
+    assert 1 <= (refused.value.retry_after_s or 0) <= 60
+
+
+async def test_two_hundred_random_aborts_leave_nothing_in_use():
+    draw = random.Random(5)
+    async with started(step_s=0.0005, slice_tokens=64, max_waiting=300) as engine:
+
+        async def one(number: int) -> None:
+            method = draw.choice([Dense(), Spts(schedule=SCHEDULE)])
+            deadline_s = draw.choice([None, None, 0.01])
+            shared = tuple(range(1, draw.choice([2, 90, 200])))
+            sent = request(f"r{number}", (*shared, number + 1), 100, method=method, deadline_s=deadline_s)
+            leaves_after = draw.choice([0, 0, 1, 3])
+            stream = engine.generate(sent)
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(draw.random() * 0.3), contextlib.aclosing(stream):
+                    async for _ in stream:
+                        if leaves_after == 1:
+                            await engine.abort(sent.request_id)
+                        elif leaves_after:
+                            break
+
+        await asyncio.gather(*(one(number) for number in range(200)))
+        assert engine._flights == {}
+        await settled(engine)
+        stats = await engine.stats()
+        assert (stats.running, stats.waiting, stats.kv_bytes, stats.reserved_bytes) == (0, 0, 0, 0)
+        assert engine.group.ranks[0].num_cached == 0
+        held = sum(
+            cost.prefix_bytes(SHAPE, len(tokens), depth, dtype_bytes=4)
+            for depth, tokens in engine.group.ranks[0].documents.values()
+        )
+        assert 0 < stats.document_bytes <= held
+        assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
 
 
 async def test_a_result_without_anything_to_follow_has_no_agreement():

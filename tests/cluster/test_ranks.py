@@ -152,7 +152,7 @@ async def test_seeded_sampling_and_logprobs_are_those_of_the_library(ranks, whol
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 async def test_followed_tokens_are_compared_with_the_dense_model(ranks, whole, method):
     token_ids, follow = prompt(110, seed=8), (5, 0, 17, 200, 9)
-    sent = [request(name, token_ids, method, 5, follow=follow) for name in ("miss", "hit")]
+    sent = [request(name, token_ids, method, 5, follow=follow, prefix_tokens=0) for name in ("miss", "hit")]
     busy = asyncio.create_task(ranks.engine.run(request("busy", prompt(60, seed=3), METHODS[1], 40)))
     miss, hit = [await ranks.engine.run(each) for each in sent]
     assert (miss.token_ids, miss.finish_reason) == (follow, "length")
@@ -189,6 +189,43 @@ async def test_requests_that_begin_alike_compute_their_beginning_once(ranks, who
         assert result.reused_flops == spts.cost.reused_flops(whole.shape, result.reused_tokens, depth)
     assert [result.reused_tokens for result in rest] == [140] * 3
     assert list((await busy).token_ids) == whole.generate(prompt(60, seed=3), METHODS[1], 60).token_ids
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS[:2], ids=NAMES[:2])
+async def test_fifty_prompts_sent_at_once_are_answered_as_the_library_answers_each(ranks, whole, method):
+    """Mixed lengths, some of which begin alike: none is told to share, all come and go between steps."""
+    draw = np.random.default_rng(20)
+    document = prompt(300, seed=21)
+    sent = []
+    for number in range(50):
+        length = int(draw.choice([1, 2, 30, 63, 64, 65, 128, 200, 411]))
+        shared = int(draw.choice([0, 0, 63, 64, 100, 128, 300]))
+        token_ids = (*document[: min(shared, length)], *prompt(max(1, length - shared), seed=number))
+        sent.append(request(f"r{number}", token_ids, method, int(draw.integers(1, 16))))
+    results = await asyncio.gather(*(ranks.engine.run(each) for each in sent))
+    for each, result in zip(sent, results, strict=True):
+        alone = whole.generate(each.token_ids, method, each.max_new_tokens)
+        assert list(result.token_ids) == alone.token_ids, each
+        assert list(result.work) == alone.prefill.work
+    assert sum(result.reused_tokens > 0 for result in results) > 5
+    stats = await ranks.engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_bytes, stats.reserved_bytes) == (0, 0, 0, 0)
+
+
+@in_module_loop
+@pytest.mark.parametrize("method", METHODS[:2], ids=NAMES[:2])
+async def test_the_next_question_on_a_document_is_answered_as_without_it(ranks, whole, method):
+    document = prompt(330, seed=31 + METHODS.index(method))
+    depth = method.schedule_for(NUM_LAYERS).first_skip_layer
+    for number, shared in enumerate([330, 330, 64, 65, 127, 329, 63]):
+        token_ids = (*document[:shared], *prompt(20 + number, seed=50 + number))
+        result = await ranks.engine.run(request("a", token_ids, method, 10))
+        alone = whole.generate(token_ids, method, 10)
+        assert list(result.token_ids) == alone.token_ids
+        assert list(result.work) == alone.prefill.work
+        assert result.reused_tokens == (0 if number == 0 or shared < 64 else shared)
+        assert result.reused_flops == spts.cost.reused_flops(whole.shape, result.reused_tokens, depth)
 
 
 @in_module_loop

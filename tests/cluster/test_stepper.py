@@ -13,10 +13,9 @@ from cluster.protocol import Request, Step, StepOutput
 from cluster.stepper import Answer, Prefilling, Running, Stepper
 from spts import cost
 from spts.cache import RaggedCache
-from spts.methods import Dense, Method, Recency, Spts
-from spts.request import digest
+from spts.methods import Dense, Method, Spts
 from spts.sampling import Sampling
-from tests.cluster.tiny import NUM_LAYERS, SCHEDULE
+from tests.cluster.tiny import SCHEDULE
 
 SPTS = Spts(schedule=SCHEDULE)
 
@@ -38,12 +37,11 @@ def prompt(num_tokens: int) -> list[int]:
     return torch.randint(1, 298, (num_tokens,)).tolist()
 
 
-def run(stepper: Stepper, sent: Request, *, layers: int = NUM_LAYERS) -> StepOutput:
+def run(stepper: Stepper, sent: Request, *, flops: int | None = None, **start: Any) -> StepOutput:
     """The step that ends the prefill of `sent`; its cache is dropped."""
-    start: Request | None = sent
-    for _ in range(0, NUM_LAYERS, layers):
-        output = stepper.step(Step(start=start, advance=(sent.request_id, layers)))
-        start = None
+    output = stepper.step(Step(start=sent, advance=(sent.request_id, flops), **start))
+    while output is not None and output.prefilled is None:
+        output = stepper.step(Step(advance=(sent.request_id, flops)))
     assert output is not None
     stepper.step(Step(release=(sent.request_id,)))
     return output
@@ -51,7 +49,7 @@ def run(stepper: Stepper, sent: Request, *, layers: int = NUM_LAYERS) -> StepOut
 
 def test_densely_followed_tokens_agree_exactly(model):
     stepper = Stepper(model, EngineConfig(model="tiny"), 0)
-    output = run(stepper, request(prompt(70), Dense(), 4, follow=(3, 0, 3, 9)), layers=2)
+    output = run(stepper, request(prompt(70), Dense(), 4, follow=(3, 0, 3, 9)), flops=10**6)
     assert [token.token_id for token in output.tokens] == [3, 0, 3, 9]
     agreement = [token.agreement for token in output.tokens]
     assert all(each is not None and (each.kl, each.rank) == (0.0, 1) for each in agreement)
@@ -79,76 +77,47 @@ def test_ranks_that_choose_nothing_still_compute_and_count_the_reference(model):
     first, other = (Stepper(model, EngineConfig(model="tiny"), rank) for rank in (0, 1))
     sent = request(prompt(50), SPTS, 3, follow=(3, 4, 5))
     run(first, sent)
-    assert other.step(Step(start=sent, advance=("a", NUM_LAYERS))) is None
+    assert other.step(Step(start=sent, advance=("a", None))) is None
     assert first._references.num_bytes == other._references.num_bytes == 3 * model.vocab_size * 4
 
 
-def test_a_prefix_is_reused_and_counted(model):
+def test_a_document_is_reused_and_counted(model):
     stepper = Stepper(model, EngineConfig(model="tiny"), 0)
     shared = prompt(100)
-    first, then, other = (
-        run(stepper, request(shared + prompt(30), SPTS, prefix_tokens=100), layers=layers)
-        for layers in (1, 2, 3)
-    )
-    assert [_reused(each) for each in (first, then, other)] == [0, 100, 100]
+    first = run(stepper, request(shared + prompt(30), SPTS), keep=(7, 120))
+    assert first.kept == 7
+    then = run(stepper, request(shared + prompt(60), SPTS), flops=10**6, reuse=(7, 100), keep=(8, 159))
+    assert then.kept == 8
     assert first.prefilled is not None
     assert then.prefilled is not None
+    assert (first.prefilled.reused_tokens, then.prefilled.reused_tokens) == (0, 100)
     assert first.prefilled.reused_flops == 0
     assert then.prefilled.reused_flops == cost.reused_flops(model.shape, 100, SCHEDULE.first_skip_layer)
-    same = ("work", "kv_tokens", "kv_bytes", "flops", "dense_flops", "dense_kv_bytes")
-    assert all(getattr(first.prefilled, name) == getattr(then.prefilled, name) for name in same)
-    assert _reused(run(stepper, request([*shared, 1], SPTS))) == 0, "only if it is asked for"
-    assert _reused(run(stepper, request([*shared, 1], SPTS, prefix_tokens=99))) == 0, "only the same tokens"
-    assert _reused(run(stepper, request([*shared, 1], Dense(), prefix_tokens=100))) == 0, "and the same depth"
-    assert _reused(run(stepper, request([*shared, 1], Recency(schedule=SCHEDULE), prefix_tokens=100))) == 100
-
-
-def _reused(output: StepOutput) -> int:
-    assert output.prefilled is not None
-    return output.prefilled.reused_tokens
+    sizes = {
+        name: cost.prefix_bytes(model.shape, tokens, SCHEDULE.first_skip_layer, dtype_bytes=4)
+        for name, tokens in ((7, 120), (8, 59))
+    }
+    assert {name: each.num_bytes for name, each in stepper._documents.items()} == sizes
+    stepper.step(Step(forget=(7,)))
+    assert set(stepper._documents) == {8}
+    sent = request([*shared, 1, 2], SPTS)
+    fresh = Stepper(model, EngineConfig(model="tiny"), 0)
+    assert run(stepper, sent, reuse=(8, 100)).tokens == run(fresh, sent).tokens
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_prefixes_are_kept_within_their_bytes(model, rank):
-    depth = SCHEDULE.first_skip_layer
-    one = cost.prefix_bytes(model.shape, 50, depth, dtype_bytes=4)
-    stepper = Stepper(model, EngineConfig(model="tiny", prefix_cache_bytes=2 * one + 1), rank)
-    texts = [prompt(50) for _ in range(3)]
-    for text in (texts[0], texts[1], texts[0], texts[2]):
-        _prefill(stepper, request([*text, 5], SPTS, prefix_tokens=50))
-    assert stepper._prefixes.num_bytes == 2 * one
-    kept = [stepper._prefixes.get((digest(text), depth)) is not None for text in texts]
-    assert kept == [True, False, True]
-    _prefill(stepper, request(prompt(120), SPTS, prefix_tokens=110))
-    assert stepper._prefixes.num_bytes == 2 * one, "one that is larger than all the room is not kept"
+def test_every_rank_keeps_what_it_is_told_to_keep(model, rank):
+    stepper = Stepper(model, EngineConfig(model="tiny"), rank)
+    stepper.step(Step(start=request(prompt(80), Dense()), keep=(3, 70), advance=("a", None)))
+    assert {name: each.num_tokens for name, each in stepper._documents.items()} == {3: 70}
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 100])
-def test_without_room_nothing_is_kept_and_answers_are_as_ever(model, kept_bytes):
-    stepper = Stepper(model, EngineConfig(model="tiny", prefix_cache_bytes=kept_bytes), 0)
-    token_ids = prompt(80)
-    alone = run(stepper, request(token_ids, SPTS))
-    for _ in range(2):
-        state = stepper.step(Step(start=request(token_ids, SPTS, prefix_tokens=60), advance=("a", 6)))
-        assert state is not None
-        assert state.tokens == alone.tokens
-        assert _reused(state) == 0
-    assert stepper._prefixes.num_bytes == 0
-
-
-def test_a_prefill_that_is_released_halfway_leaves_its_prefix_out(model):
+def test_a_prefill_that_is_released_halfway_leaves_nothing(model):
     stepper = Stepper(model, EngineConfig(model="tiny"), 0)
-    sent = request(prompt(80), SPTS, prefix_tokens=60)
-    stepper.step(Step(start=sent, advance=("a", 3)))
+    stepper.step(Step(start=request(prompt(80), SPTS), keep=(3, 60), advance=("a", 10**6)))
     stepper.step(Step(release=("a",)))
-    assert stepper._prefixes.num_bytes == 0
-    assert _reused(run(stepper, sent)) == 0
-    assert _reused(run(stepper, sent)) == 60
-
-
-def _prefill(stepper: Stepper, sent: Request) -> None:
-    stepper.step(Step(start=sent, advance=(sent.request_id, NUM_LAYERS)))
-    stepper.step(Step(release=(sent.request_id,)))
+    assert stepper._documents == {}
+    assert stepper._prefills == {}
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(model):
@@ -174,7 +143,7 @@ def test_a_prefill_that_overflows_ends_its_own_request_only(model):
     class Overflowing:
         device = model.device
 
-        def advance(self, state, num_layers):
+        def advance(self, state, flops):
             raise spts.ModelError("scores_T must be numbers, got NaN", field="scores_T")
 
     overflowing: Any = Overflowing()

@@ -41,7 +41,9 @@ class Held(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        known = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if torch.is_tensor(leaf) and leaf.untyped_storage()._cdata not in known | self._seen:
