@@ -183,7 +183,7 @@ def test_never_more_than_the_bound_worse_and_faithful_within_it(steps, affinity_
             present ^= {"abcd"[args[0]]}
         elif kind in ("close", "fail") and opened:
             placement = opened.pop(args[0] % len(opened))
-            if kind == "fail":
+            if kind == "fail" and placement.replica is not None:
                 failed.add(placement.replica)
             getattr(placement, kind)()
         elif kind == "open" and present:
