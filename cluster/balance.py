@@ -94,7 +94,7 @@ class Balance:
         for num_blocks in range(len(blocks), 0, -1):
             reader = self._readers.get(blocks[num_blocks - 1])
             bound = min(self._affinity_tokens, num_blocks * BLOCK_TOKENS)
-            if reader in ahead and ahead[reader] - least <= bound:
+            if reader is not None and reader in ahead and ahead[reader] - least <= bound:
                 return reader
         return None
 

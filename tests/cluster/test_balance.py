@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.balance import AVOID_S, BLOCK_TOKENS, Balance, block_digests
+from cluster.balance import AVOID_S, BLOCK_TOKENS, Balance, Placement, block_digests
 
 IDLE = {"a": 0, "b": 0}
 
@@ -176,14 +176,14 @@ def test_never_more_than_the_bound_worse_and_faithful_within_it(steps, affinity_
     balance = Balance(affinity_tokens=affinity_tokens, max_blocks=max_blocks, clock=lambda: 0.0)
     present = {"a", "b", "c"}
     failed: set[str] = set()
-    opened = []
+    opened: list[Placement] = []
     last_reader: dict[tuple[int, ...], str] = {}
     for kind, *args in steps:
         if kind == "toggle":
             present ^= {"abcd"[args[0]]}
         elif kind in ("close", "fail") and opened:
             placement = opened.pop(args[0] % len(opened))
-            if kind == "fail":
+            if kind == "fail" and placement.replica is not None:
                 failed.add(placement.replica)
             getattr(placement, kind)()
         elif kind == "open" and present:

@@ -105,7 +105,7 @@ class Handle:
         self._items = items
         self._broadcast = broadcast
         self.generate = self
-        self.stream: Stream | None = None
+        self.stream: Stream
 
     def options(self, **_):
         return self

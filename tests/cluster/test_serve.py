@@ -302,7 +302,10 @@ def test_what_has_begun_is_finished_before_the_endpoint_goes(http, driver, other
     assert gone
     assert gone[0] > ended
     assert http.post("/v1/completions", json=body).status_code in (404, 503)
-    assert rank_pids() == other_ranks
+    deadline = time.monotonic() + 60
+    while rank_pids() != other_ranks:  # they end after their replica, and not at once on a busy machine
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_typo_in_args_fails_the_deployment_and_names_the_key(http, ray_cluster, tiny_model, tmp_path):
