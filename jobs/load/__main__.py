@@ -113,13 +113,9 @@ def _load(
     provenance = collect(command=command, config=config, commit=None)
     with _endpoint(args, settings) as settings:
         asks = Asks(settings, read_tokens(settings.tokenizer), mark=secrets.token_hex(4))
-        progress = LoadProgress(settings)
-        try:
-            done = asyncio.run(
-                run(settings, asks, key=os.environ.get("OPENAI_API_KEY"), on_record=progress.on_record)
-            )
-        finally:
-            progress.close()
+        with LoadProgress(settings) as progress:
+            key = os.environ.get("OPENAI_API_KEY")
+            done = asyncio.run(run(settings, asks, key=key, start=progress.start))
     done = replace(done, provenance=provenance)
     save(done, folder)
     summary = summarise(done)

@@ -126,12 +126,12 @@ class Endpoint:
             index=ask.index,
             length=ask.length,
             task=ask.task.name,
-            sent_s=begun,
-            late_s=0.0 if due_s is None else max(0.0, begun - due_s),
-            end_s=self.now_s - begun,
+            sent_s=_rounded(begun),
+            late_s=_rounded(0.0 if due_s is None else max(0.0, begun - due_s)),
+            end_s=_rounded(self.now_s - begun),
             outcome=outcome,
             message=message,
-            times_s=tuple(answer.times_s),
+            times_s=tuple(map(_rounded, answer.times_s)),
             prompt_tokens=usage.get("prompt_tokens", 0),
             completion_tokens=usage.get("completion_tokens", 0),
             cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
@@ -150,10 +150,11 @@ class Endpoint:
         self._begun_s = time.perf_counter()
 
 
-async def run(settings: Settings, asks: Asks, *, key: str | None, on_record: OnRecord) -> Run:
+async def run(settings: Settings, asks: Asks, *, key: str | None, start: Callable[[], OnRecord]) -> Run:
     """Checks the endpoint with one request of each length, then puts it under load and reads all to the end.
 
-    Raises ConfigError when the endpoint cannot answer even those.
+    start: called as the load begins; what it gives is called with every record. Raises ConfigError when the
+    endpoint cannot answer even those.
     """
     async with Endpoint(settings, key) as endpoint:
         model = await endpoint.model()
@@ -184,6 +185,7 @@ async def run(settings: Settings, asks: Asks, *, key: str | None, on_record: OnR
                 await asyncio.sleep(wait_s)
 
         moments: list[Moment] = []
+        on_record = start()
         endpoint.begin()
         watch = Watch(settings.url, endpoint.session, lambda: endpoint.now_s, moments)
         async with watch, Lag() as lag:
@@ -200,6 +202,11 @@ async def run(settings: Settings, asks: Asks, *, key: str | None, on_record: OnR
             records=tuple(sorted(records, key=lambda record: record.index)),
             moments=tuple(moments),
         )
+
+
+def _rounded(seconds: float) -> float:
+    """To microseconds: files of many requests are for people too."""
+    return round(seconds, 6)
 
 
 def _turns(settings: Settings) -> Iterator[tuple[int, float | None]]:

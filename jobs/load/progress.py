@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TextIO
+from typing import Self, TextIO
 
 from jobs.load.record import Record
 from jobs.load.settings import Settings
+from jobs.load.summary import OUTCOMES
 from jobs.progress import Display, clock_time
 
 SHOWN_WRONG = 3
 
 
 class LoadProgress:
-    """Counts requests, against the seconds or the requests that the load is to last. out, clock: see
-    `jobs.progress`."""
+    """Counts requests, against those that are to be sent or the seconds that the load is to last.
+
+    out, clock: see `jobs.progress`. Use as a context manager: the terminal is left as it was.
+    """
 
     def __init__(
         self,
@@ -25,32 +28,36 @@ class LoadProgress:
         out: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._settings = settings
-        by_time = settings.requests is None
-        self._by_time = by_time
-        total = max(1, round(settings.seconds or 0)) if by_time else settings.requests or 1
-        self._display = Display(total, 0, out, clock)
+        self._by_time = settings.requests is None
+        self._total = settings.requests or max(2, round(settings.seconds or 0))
+        self._out, self._clock = out, clock
+        self._display: Display | None = None
         self._outcomes: Counter[str] = Counter()
 
-    def on_record(self, record: Record) -> None:
-        """Takes note of one request, and says at once what was wrong with it, up to a few."""
-        self._outcomes[record.outcome] += 1
-        wrong = self._outcomes["error"] + self._outcomes["fault"]
-        if record.outcome in ("error", "fault") and wrong <= SHOWN_WRONG:
-            self._display.print(f"{record.outcome} at request {record.index}: {record.message}")
-        done = self._display.elapsed_s if self._by_time else self._outcomes.total()
-        self._display.done = min(self._display.total, int(done))
-        self._display.show(self._text, self._text)
+    def start(self) -> Callable[[Record], None]:
+        """The load begins: gives the function to call with each of its records."""
+        display = self._display = Display(self._total, 0, self._out, self._clock)
 
-    def _text(self) -> str:
-        over = self._by_time and self._display.done >= self._display.total
-        counts = ", ".join(
-            f"{self._outcomes[outcome]} {outcome}" for outcome in ("complete", "refused", "error", "fault")
-        )
-        return (
-            f"{clock_time(self._display.elapsed_s)} elapsed, {counts}{'; reading the last' if over else ''}"
-        )
+        def on_record(record: Record) -> None:
+            self._outcomes[record.outcome] += 1
+            wrong = self._outcomes["error"] + self._outcomes["fault"]
+            if record.outcome in ("error", "fault") and wrong <= SHOWN_WRONG:
+                display.print(f"{record.outcome} at request {record.index}: {record.message}")
+            if self._by_time:  # the last step is for the requests that are still read when the time is up
+                display.done = min(display.total - 1, int(display.elapsed_s))
+            else:
+                display.done = self._outcomes.total()
+            text = f"{clock_time(display.elapsed_s)} elapsed, {self._counts()}"
+            display.show(lambda: text, lambda: text)
 
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        self._display.close()
+        return on_record
+
+    def _counts(self) -> str:
+        return ", ".join(f"{self._outcomes[outcome]} {outcome}" for outcome in OUTCOMES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._display is not None:
+            self._display.close()
