@@ -13,7 +13,7 @@ from rich.text import Text
 from jobs.load.record import Run
 from jobs.load.report import headline
 from jobs.load.summary import Spread, Summary
-from jobs.markdown import table
+from jobs.markdown import cell_text, table
 from jobs.page import environment
 from jobs.plots import short_length
 from jobs.record import write_file
@@ -89,7 +89,7 @@ def write_loads(found: Loads) -> Path:
 def _markdown(found: Loads) -> Iterator[str]:
     yield from ("# Two loads compared", "")
     for line in found.headlines:
-        yield f"- {line}"
+        yield f"- {cell_text(line)}"
     yield from ("", *table(CHANGES_HEAD, found.changes), "", *table(HEAD, found.rows))
 
 

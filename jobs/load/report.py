@@ -13,7 +13,7 @@ from jobs import facts
 from jobs.load.plots import all_plots
 from jobs.load.record import Run
 from jobs.load.summary import Line, Spread, Summary
-from jobs.markdown import table
+from jobs.markdown import cell_text, table
 from jobs.options import write_json
 from jobs.page import environment
 from jobs.plots import short_length
@@ -153,7 +153,7 @@ def _signed(size: int) -> str:
 def _markdown(run: Run, summary: Summary) -> Iterator[str]:
     yield from ("# Load", "", headline(run, summary), "")
     for warning in warnings(run, summary):
-        yield from (f"> {warning}", "")
+        yield from (f"> {cell_text(warning)}", "")
     yield from (*table(HEAD, rows(summary)), "")
     yield "TTFT, e2e: from sending a request to its first text, to its end. gap: between two chunks."
     yield from ("", *table(("what", "value"), figures(run, summary)), "")

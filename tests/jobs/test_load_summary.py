@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -56,13 +57,15 @@ def test_overlap_with_any_of_many_intervals(many, one):
     expected = any(begin <= one[1] and one[0] <= end for begin, end in many)
     joined = merged(many)
     assert overlaps(joined, one) == expected
-    assert all(a[1] < b[0] for a, b in zip(joined, joined[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(joined))
 
 
 def test_lines_are_by_length_and_method_and_count_complete_requests_only():
     summary = summarise(
         run(
-            record(0, times_s=(1.0, 1.5, 3.0), method="dense", completion_tokens=3, prompt_tokens=90, score=1.0),
+            record(
+                0, times_s=(1.0, 1.5, 3.0), method="dense", completion_tokens=3, prompt_tokens=90, score=1.0
+            ),
             record(1, times_s=(2.0, 2.1), method="dense", completion_tokens=2, prompt_tokens=92, score=0.0),
             record(2, 1000, times_s=(4.0,), method="spts", completion_tokens=1, prompt_tokens=990, score=1.0),
             record(3, outcome="refused", times_s=(), message="full"),
