@@ -28,7 +28,7 @@ def all_plots(run: Run, summary: Summary) -> list[tuple[str, str, str]]:
         ),
         (
             "Between tokens",
-            _by_length(summary.lines, lambda line: line.itl, "between two chunks of an answer, ms", 1000),
+            _by_length(summary.lines, lambda line: line.itl, "between chunks, ms", 1000),
             "A chunk holds a token, or several where text was held back.",
         ),
         ("Answer tokens over time", _tokens(run), "From chunks and counts of complete answers."),
