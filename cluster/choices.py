@@ -81,19 +81,18 @@ async def pieces(job: Job, tokenizer: TextTokenizer, metrics: Metrics) -> AsyncG
 async def _choice(
     job: Job, index: int, request: Request, tokenizer: TextTokenizer, clock: ChoiceClock
 ) -> AsyncGenerator[Piece, None]:
-    before = 0
-    if job.echoes:
-        echoed = await _echoed(job, index, job.echoes[index], tokenizer)
-        yield echoed
-        before = len(echoed.text)
-    stream = TextStream(tokenizer, job.body.stops)
     empty = held = Piece(index=index, text="", num_tokens=0)
+    if job.echoes:
+        # It goes out with the first token: until then a failure still has a status of its own.
+        held = await _echoed(job, index, job.echoes[index], tokenizer)
+    before = len(held.text)
+    stream = TextStream(tokenizer, job.body.stops)
     async with aclosing(job.send(request)) as chunks:
         async for chunk in chunks:
             clock.chunk(chunk)
             # The token that ended the answer has no text, whatever the tokenizer would make of it.
             num_texts = len(chunk.token_ids) - (chunk.finish_reason == "stop")
-            text, offsets = "", []
+            text, offsets = held.text, []
             for place, token_id in enumerate(chunk.token_ids):
                 offsets.append(before + stream.position)
                 text += stream.push(token_id) if place < num_texts else ""

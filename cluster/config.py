@@ -92,8 +92,8 @@ class AppConfig(Strict):
     runs, one key a line, # begins a comment; api_keys_env: name of an environment variable there, keys
     separated by commas or lines. Either, both, or neither for an endpoint without keys.
     max_echo_tokens: longest prompt whose own log-probabilities a request may ask for (echo); all of its
-    distributions are in memory at once, and other requests wait. allowed_methods: what a request may choose. min_budget_tokens: least active_tokens and keep_tokens of a
-    schedule that a request brings.
+    distributions are in memory at once, and other requests wait. allowed_methods: what a request may choose.
+    min_budget_tokens: least active_tokens and keep_tokens of a schedule that a request brings.
     """
 
     served_model_name: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,8 +39,16 @@ HTTP_ERRORS: Mapping[str, HttpError] = {
 }
 
 
-# What the library and the engine call a field, and what the API calls it.
-API_NAMES = {"token_ids": "prompt", "max_new_tokens": "max_tokens"}
+# What the library and the engine call a field, and what the API calls it; what is inside keeps its name.
+API_NAMES = {
+    "token_ids": "prompt",
+    "max_new_tokens": "max_tokens",
+    "method.name": "spts.method",
+    "method.seed": "spts.seed",
+    "method.schedule": "spts.schedule",
+    "schedule": "spts.schedule",
+    "method": "spts.method",
+}
 
 
 class ApiError(Exception):
@@ -67,14 +76,22 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
 
 def _renamed(kind: str, message: str, param: str | None) -> ApiError:
     for ours, theirs in API_NAMES.items():
-        message = message.replace(ours, theirs)
-    return ApiError(kind, message, API_NAMES.get(param or "", param))
+        if param is not None and re.match(rf"{re.escape(ours)}\b", param):
+            # Where it first comes it is the field; further on it may be a word.
+            return ApiError(kind, message.replace(ours, theirs, 1), theirs + param.removeprefix(ours))
+    return ApiError(kind, message, param)
 
 
 def error_body(error: ApiError) -> dict[str, dict[str, str | None]]:
     """The JSON of an error, in a response's body or in a data chunk of a stream."""
     row = HTTP_ERRORS[error.kind]
-    return {"error": {"message": error.message, "type": row.type, "param": error.param, "code": row.code}}
+    param = None if error.param is None else _cut(error.param)
+    return {"error": {"message": _cut(error.message), "type": row.type, "param": param, "code": row.code}}
+
+
+def _cut(text: str) -> str:
+    """`text`, or its beginning and end: messages quote what the client sent, and that may be megabytes."""
+    return text if len(text) <= 1000 else f"{text[:800]} … {text[-200:]}"
 
 
 def error_response(error: ApiError) -> Response:

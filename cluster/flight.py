@@ -66,6 +66,7 @@ class Flight:
             return 0
         token_bytes = self.prefilled.dense_kv_bytes // len(self.request.token_ids)
         return self.prefilled.kv_bytes + token_bytes * len(self.token_ids)
+
     def finish(self) -> None:
         """Hand the stream a last chunk, with the result of the tokens so far and none of its own."""
         chunk = Chunk(

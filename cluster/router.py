@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -150,16 +151,25 @@ class Router:
     # -- bodies and answers ----------------------------------------------------------------------------------
 
     async def _read(self, http: HttpRequest) -> bytes:
-        """The body, up to what the longest allowed batch of prompts could take."""
+        """The body, up to what the longest allowed batch of prompts could take, and within the deadline."""
         longest = await self._dispatcher.longest()
         limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
-        async for part in http.stream():
-            raw += part
-            if len(raw) > limit:
-                raise ApiError(
-                    "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
-                )
+        try:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                async for part in http.stream():
+                    raw += part
+                    if len(raw) > limit:
+                        raise ApiError(
+                            "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
+                        )
+        except TimeoutError:
+            limit_s = self._config.request_timeout_s
+            raise EngineError(
+                "deadline", f"the body must come within {limit_s:g} s; it took longer"
+            ) from None
+        except ClientDisconnect:  # nobody reads the answer; it is counted as what it is, not as a bug
+            raise ApiError("invalid_request", "body must come whole, got a client that left") from None
         return bytes(raw)
 
     async def _encode(self, text: str, param: str) -> tuple[int, ...]:

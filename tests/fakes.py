@@ -113,6 +113,7 @@ class FakeShard:
         return NewToken(
             request_id=request_id,
             token_id=request.follow[place],
+            logprobs=_logprobs(request, request.follow[place]),
             agreement=Agreement(kl=0.0 if same else 1.0, rank=1 if same else 2),
         )
 
@@ -120,12 +121,7 @@ class FakeShard:
         request, answer = self._requests[request_id], self._answers[request_id]
         token_id = request.token_ids[len(answer) % len(request.token_ids)]
         answer.append(token_id)
-        num_top = request.sampling.logprobs
-        logprobs = None
-        if num_top is not None:
-            top = tuple((i + 1, -float(i + 1)) for i in range(num_top))
-            logprobs = TokenLogprobs(token_id=token_id, logprob=-0.5, top=top)
-        return NewToken(request_id=request_id, token_id=token_id, logprobs=logprobs)
+        return NewToken(request_id=request_id, token_id=token_id, logprobs=_logprobs(request, token_id))
 
     def _prefilled(self, request: Request) -> Prefilled:
         num_tokens = len(request.token_ids)
@@ -150,6 +146,15 @@ class FakeShard:
             reused_tokens=reused_tokens,
             reused_flops=cost.reused_flops(SHAPE, reused_tokens, depth),
         )
+
+
+def _logprobs(request: Request, token_id: int) -> TokenLogprobs | None:
+    num_top = request.sampling.logprobs
+    if num_top is None:
+        return None
+    return TokenLogprobs(
+        token_id=token_id, logprob=-0.5, top=tuple((i + 1, -float(i + 1)) for i in range(num_top))
+    )
 
 
 class FakeGroup:

@@ -220,6 +220,7 @@ DISTRIBUTION = {
     "starlette": "fastapi",
     "huggingface_hub": "huggingface-hub",
     "lm_eval": "lm-eval",
+    "prometheus_client": "prometheus-client",
     "pytest_asyncio": "pytest-asyncio",
 }
 TOOLS = {"ruff", "mypy", "types-pyyaml", "types-tqdm", "pytest-timeout"}

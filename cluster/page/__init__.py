@@ -1,4 +1,4 @@
-"""The page at /: three files of our own and an icon, nothing from elsewhere, no build step."""
+"""The page at /: four files of our own and an icon, nothing from elsewhere, no build step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/picture.js": ("picture.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 HEADERS = {

@@ -1,7 +1,7 @@
 "use strict";
 
 // Asks the endpoint that served this page the same question twice, first dense, then with SPTS, one after the
-// other so that neither slows the other down, and draws which tokens each layer computed.
+// other so that neither slows the other down, and shows what that took. picture.js draws what each layer computed.
 
 const BINS = 160;
 const $ = (id) => document.getElementById(id);
@@ -18,7 +18,6 @@ const pieces = [
 ];
 
 let model = null;
-let shown = ""; // the document of the answers on the page
 const pictures = new Map(); // side -> how to draw its picture again
 
 function api(path, options = {}) {
@@ -45,6 +44,8 @@ async function findModel() {
   const response = await api("v1/models");
   if (!response.ok) throw await failure(response);
   model = (await response.json()).data[0];
+  const context = model.max_model_len ? `, reads up to ${model.max_model_len.toLocaleString("en")} tokens` : "";
+  $("model").textContent = `Model ${model.id}${context}`;
 }
 
 // Streams one answer; calls `onText` as it comes. Returns its text, its usage, and the seconds to its first token.
@@ -91,100 +92,78 @@ function bytes(n) {
   return `${n.toFixed(2)} GiB`;
 }
 
-function numbers(side, pairs) {
-  side.querySelector(".numbers").replaceChildren(...pairs.map(([name, value]) => {
-    const [box, term, description] = ["div", "dt", "dd"].map((tag) => document.createElement(tag));
-    term.textContent = name;
-    description.textContent = value;
-    box.append(term, description);
-    return box;
-  }));
-}
-
-// A row per layer, the first on top; a column per part of the prompt. Full colour: every token there ran attention.
-function picture(side, activity, promptTokens) {
-  const figure = side.querySelector("figure"), canvas = figure.querySelector("canvas");
-  const scale = window.devicePixelRatio || 1, left = 34, bottom = 18;
-  canvas.width = canvas.clientWidth * scale;
-  canvas.height = canvas.clientHeight * scale;
-  const pen = canvas.getContext("2d");
-  pen.scale(scale, scale);
-  const width = canvas.clientWidth - left, height = canvas.clientHeight - bottom;
-  const rows = activity.attention, cell = [width / rows[0].length, height / rows.length];
-  const style = getComputedStyle(side);
-  pen.fillStyle = style.getPropertyValue(side.id === "spts" ? "--spts" : "--dense");
-  rows.forEach((row, layer) => row.forEach((percent, bin) => {
-    // Whole device pixels: columns that overlapped or left a gap would show as stripes.
-    const [from, to] = [bin, bin + 1].map((edge) => Math.round((left + edge * cell[0]) * scale) / scale);
-    pen.globalAlpha = 0.06 + 0.94 * percent / 100;
-    pen.fillRect(from, layer * cell[1], to - from, cell[1] - 1);
-  }));
-  pen.globalAlpha = 1;
-  pen.fillStyle = style.getPropertyValue("--faint");
-  pen.font = "11px system-ui, sans-serif";
-  pen.textAlign = "right";
-  for (const layer of [0, Math.floor(rows.length / 2), rows.length - 1]) {
-    pen.fillText(layer, left - 6, (layer + 0.5) * cell[1] + 4);
-  }
-  pen.save();
-  pen.translate(9, height / 2);
-  pen.rotate(-Math.PI / 2);
-  pen.textAlign = "center";
-  pen.fillText("layer", 0, 0);
-  pen.restore();
-  pen.fillText("token 0", left + 40, height + 14);
-  pen.fillText(promptTokens.toLocaleString("en"), left + width, height + 14);
-  const caption = figure.querySelector("figcaption");
-  canvas.onpointerleave = () => {
-    caption.textContent =
-      "Which parts of the prompt ran attention, layer by layer; pale = skipped. Point at a place to read it.";
-  };
-  canvas.onpointerleave();
-  canvas.onpointermove = (event) => {
-    const bin = Math.floor((event.offsetX - left) / cell[0]);
-    const layer = Math.min(rows.length - 1, Math.floor(event.offsetY / cell[1]));
-    if (bin < 0 || bin >= rows[0].length || layer < 0) return;
-    const at = Math.floor(shown.length * bin / rows[0].length);
-    const excerpt = document.createElement("q");
-    excerpt.textContent = shown.slice(at, at + Math.ceil(shown.length / rows[0].length) + 60);
-    caption.replaceChildren(`Layer ${layer}: ${rows[layer][bin]} % of the tokens here ran attention, ` +
-      `${activity.ffn[layer][bin]} % the FFN. About here: `, excerpt);
-  };
+// Where the answer's words stand in the prompt, from 0 to 1; nowhere if they stand everywhere.
+function places(answer, text) {
+  const words = answer.trim().toLowerCase(), found = [];
+  if (words.length < 3) return found;
+  for (let at = -1; (at = text.toLowerCase().indexOf(words, at + 1)) >= 0;) found.push(at / text.length);
+  return found.length <= 4 ? found : [];
 }
 
 async function answerOn(side, method, content, maxTokens) {
-  const box = side.querySelector(".answer");
-  box.className = "answer empty";
+  const box = side.querySelector(".answer"), started = performance.now();
+  const clock = setInterval(() => {
+    box.textContent = `Reading … ${((performance.now() - started) / 1000).toFixed(1)} s`;
+  }, 100);
   box.textContent = "Reading …";
-  numbers(side, []);
-  side.querySelector("figure").hidden = true;
-  pictures.delete(side);
-  const answer = await ask(method, content, maxTokens, (text) => {
-    box.className = "answer";
-    box.textContent = text;
-  });
-  const { usage } = answer, cached = usage.prompt_tokens_details.cached_tokens;
-  numbers(side, [
-    ["First token", seconds(answer.first)],
-    ["Prefill FLOP", share(usage.spts.flops_share)],
-    ["Token blocks computed", share(1 - usage.spts.skipped_share)],
-    ["KV cache", bytes(usage.spts.kv_bytes)],
-    ["Prompt", `${usage.prompt_tokens.toLocaleString("en")} tokens`],
-    ...(cached ? [["Kept from before", `${cached.toLocaleString("en")} tokens`]] : []),
-  ]);
-  side.querySelector("figure").hidden = false;
-  pictures.set(side, () => picture(side, usage.spts.activity, usage.prompt_tokens));
+  let answer;
+  try {
+    answer = await ask(method, content, maxTokens, (text) => {
+      clearInterval(clock);
+      box.className = "answer";
+      box.textContent = text;
+    });
+  } finally {
+    clearInterval(clock);
+  }
+  const { usage, text } = answer;
+  if (!text.trim()) {
+    box.className = "answer empty";
+    box.textContent = "The model ended its answer without a word.";
+  }
+  side.querySelector("figure").hidden = $("legend").hidden = false;
+  const shown = { activity: usage.spts.activity, promptTokens: usage.prompt_tokens, text: content, marks: places(text, content) };
+  pictures.set(side, () => picture(side, shown));
   pictures.get(side)();
   return answer;
 }
 
+function element(tag, className, ...children) {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.append(...children);
+  return made;
+}
+
+// Two bars, as long as what they stand for.
+function measure(title, values, say) {
+  const bars = ["dense", "spts"].map((name, i) => {
+    const bar = element("i", "");
+    bar.style.width = `${100 * values[i] / Math.max(...values)}%`;
+    const whose = element("small", "", $(name).querySelector("h2").firstChild.textContent);
+    return element("div", `bar ${name}`, whose, element("span", "", bar), element("b", "", say(values[i])));
+  });
+  return element("div", "measure", element("h3", "", title), ...bars);
+}
+
 function verdict(dense, spts) {
-  const times = (dense.first / spts.first).toFixed(1);
-  const kv = 1 - spts.usage.spts.kv_bytes / dense.usage.spts.kv_bytes;
+  const both = [dense, spts], of = (key) => both.map((answer) => answer.usage.spts[key]);
+  const times = dense.first / spts.first, kv = 1 - of("kv_bytes")[1] / of("kv_bytes")[0];
   const same = dense.text.trim() === spts.text.trim() ? "The same answer" : "Two different answers";
-  $("verdict").textContent = spts.usage.spts.skipped_share === 0
-    ? "The prompt is shorter than every budget, so both sides computed everything. Try a longer document."
-    : `${same}; with SPTS the first token came ${times}× as fast, and the KV cache is ${share(kv)} smaller.`;
+  const skipped = spts.usage.spts.skipped_share > 0;
+  const speed = times >= 1.05 ? `came ${times.toFixed(1)}× as fast` : "came no sooner";
+  $("verdict").querySelector("h2").textContent = skipped
+    ? `${same}; with SPTS the first token ${speed}, and the KV cache is ${share(kv)} smaller.`
+    : "The prompt is shorter than every budget, so both sides computed everything. Try a longer document.";
+  $("verdict").querySelector(".measures").replaceChildren(...(skipped ? [
+    measure("Time to the first token", both.map((answer) => answer.first), seconds),
+    measure("Computation to read the document", of("flops_share"), share),
+    measure("Memory for what was read (KV cache)", of("kv_bytes"), bytes),
+  ] : []));
+  const kept = both.map((answer) => answer.usage.prompt_tokens_details.cached_tokens);
+  $("verdict").querySelector("p").textContent = Math.max(...kept) === 0 ? ""
+    : `Still in memory from an earlier question, and not read again: ${kept[0].toLocaleString("en")} tokens for dense, ` +
+      `${kept[1].toLocaleString("en")} for SPTS. Change the document's beginning to compare both from the start.`;
   $("verdict").hidden = false;
 }
 
@@ -207,25 +186,32 @@ function example() {
   size();
 }
 
-function size() {
+function size(tokens) {
   const length = $("document").value.length;
   $("size").textContent = length ? `${length.toLocaleString("en")} characters` : "";
+  if (tokens) $("size").textContent += `, ${tokens.toLocaleString("en")} tokens to read`;
 }
 
 $("ask").onsubmit = async (event) => {
   event.preventDefault();
   if ($("run").disabled) return; // it is asking already
   problem("");
-  $("verdict").hidden = true;
   const [text, question] = [$("document").value, $("question").value.trim()];
   if (!question) return problem("Write a question first.");
   $("run").disabled = true;
+  $("verdict").hidden = $("legend").hidden = true;
+  pictures.clear();
+  for (const side of document.querySelectorAll(".side")) {
+    side.querySelector("figure").hidden = true;
+    side.querySelector(".answer").className = "answer empty";
+    side.querySelector(".answer").textContent = "Waits for its turn, so that neither slows the other down.";
+  }
   try {
     if (!model) await findModel();
-    shown = `${text}\n\nQuestion: ${question}`;
-    const maxTokens = Number($("max-tokens").value);
-    const dense = await answerOn($("dense"), "dense", shown, maxTokens);
-    const spts = await answerOn($("spts"), "spts", shown, maxTokens);
+    const content = `${text}\n\nQuestion: ${question}`, maxTokens = Number($("max-tokens").value);
+    const dense = await answerOn($("dense"), "dense", content, maxTokens);
+    size(dense.usage.prompt_tokens);
+    const spts = await answerOn($("spts"), "spts", content, maxTokens);
     verdict(dense, spts);
   } catch (error) {
     problem(error.message);
@@ -235,7 +221,7 @@ $("ask").onsubmit = async (event) => {
   }
 };
 $("example").onclick = example;
-$("document").oninput = size;
+$("document").oninput = () => size();
 $("document").ondragover = (event) => {
   event.preventDefault();
   $("document").classList.add("over");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.cluster.conftest import KEY
@@ -52,6 +54,18 @@ async def test_the_longest_echo_is_configured(folder):
             assert answer.status_code == status
         assert "at most 10 tokens, got 11" in error_of(answer)["message"]
         assert (await client.post(COMPLETIONS, json={**body, "logprobs": None})).status_code == 200
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+async def test_a_prompt_that_cannot_be_answered_is_not_echoed_either(folder, logprobs):
+    """Nothing is sent before the first token, so the refusal has its status, streamed too."""
+    async with endpoint(folder, engine={"max_running": 1, "max_waiting": 0}, step_s=0.002) as (client, _):
+        first = asyncio.create_task(client.post(COMPLETIONS, json=completion(max_tokens=50)))
+        await asyncio.sleep(0.03)
+        body = completion(echo=True, logprobs=logprobs, stream=True)
+        answer = await client.post(COMPLETIONS, json=body)
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "overloaded")
+        assert (await first).status_code == 200
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def bearer(key: str) -> dict[str, str]:
 
 async def test_every_route_but_health_ready_and_the_page_asks_for_a_key(folder, keys_file):
     async with endpoint(folder, api_keys_file=keys_file) as (client, engine):
-        for path in ("health", "ready", "", "page.css", "page.js", "icon.svg"):
+        for path in ("health", "ready", "", "page.css", "page.js", "picture.js", "icon.svg"):
             assert (await client.get(path)).status_code == 200, path
         steps = len(engine.group.steps)
         guarded = (

@@ -21,8 +21,9 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.types import ASGIApp
 
-from cluster.api import UNSUPPORTED
+from cluster.api import UNSUPPORTED, ChatBody, CompletionBody
 from cluster.config import AppConfig
+from cluster.page import FILES
 from cluster.router import Router
 from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint
 from tests.fakes import FakeEngine
@@ -45,7 +46,7 @@ async def test_every_route_is_published_and_every_published_one_is_there(folder)
             for method in getattr(route, "methods", ())
         }
     published = {(path, method) for path, item in document["paths"].items() for method in METHODS & set(item)}
-    page = {("/", "get"), ("/page.css", "get"), ("/page.js", "get"), ("/icon.svg", "get")}
+    page = {(path, "get") for path in FILES}
     assert {route for route in routes if route[1] in METHODS} - page == published | {("/openapi.json", "get")}
     schemas = document["components"]["schemas"]
     assert {"ChatBody", "CompletionBody", "TokenizeBody", "DetokenizeBody", "Error"} <= set(schemas)
@@ -66,8 +67,10 @@ async def test_keys_are_published_as_a_scheme(folder, tmp_path):
 async def test_the_published_neutral_values_of_what_is_not_supported_are_taken(folder, name):
     async with endpoint(folder) as (client, _):
         document = (await client.get("openapi.json")).json()
-        for path, body, schema in ((COMPLETIONS, completion(), "CompletionBody"), (CHAT, chat(), "ChatBody")):
-            for value in document["components"]["schemas"][schema]["properties"][name]["enum"]:
+        for path, body, model in ((COMPLETIONS, completion(), CompletionBody), (CHAT, chat(), ChatBody)):
+            published = document["components"]["schemas"][model.__name__]["properties"][name]
+            assert ("enum" in published) == (name in model.unsupported)
+            for value in published.get("enum", ()):
                 answer = await client.post(path, json={**body, name: value})
                 assert answer.status_code == 200, (name, value, answer.text)
 

@@ -19,12 +19,15 @@ SETTLED = "document.querySelector('#verdict:not([hidden]), #problem:not([hidden]
 # How strongly the picture's first and last layer are painted, 0 to 255: the mean along the middle of the row.
 STRENGTHS = """(() => {
   const canvas = document.querySelector("#SIDE canvas"), pen = canvas.getContext("2d");
-  const row = (canvas.height - 18) / 12, width = canvas.width - 34;
+  const row = (canvas.height - BELOW) / 12, width = canvas.width - LEFT - RIGHT;
   return [0, 11].map((layer) => {
-    const data = pen.getImageData(34, Math.floor((layer + 0.5) * row), width, 1).data;
+    const data = pen.getImageData(LEFT, Math.floor((layer + 0.5) * row), width, 1).data;
     return data.reduce((sum, value, i) => sum + (i % 4 === 3 ? value : 0), 0) / width;
   });
 })()"""
+# The lengths of the bars, dense and SPTS of each measure, in pixels, and what is written beside them.
+BARS = """[...document.querySelectorAll("#verdict .bar")].map(
+  (bar) => [bar.querySelector("i").getBoundingClientRect().width, bar.querySelector("b").textContent])"""
 
 browsing = [
     pytest.mark.slow,
@@ -40,6 +43,7 @@ async def test_the_page_loads_nothing_from_elsewhere(folder):
         for name, kind in (
             ("page.css", "text/css"),
             ("page.js", "text/javascript"),
+            ("picture.js", "text/javascript"),
             ("icon.svg", "image/svg+xml"),
         ):
             assert f'"{name}"' in page.text
@@ -82,13 +86,24 @@ class TestInABrowser:
         tab.picture(PICTURES / f"page-{width}{'-dark' if dark else ''}.png")
         assert tab.faults == []
         assert tab.value("$('problem').textContent") == ""
-        assert tab.value("$('verdict').textContent").startswith("The same answer; with SPTS the first token")
+        headline = tab.value("document.querySelector('#verdict h2').textContent")
+        assert headline.startswith("The same answer; with SPTS the first token")
+        bars = tab.value(BARS)
+        assert len(bars) == 6
+        for dense, skipping in zip(bars[::2], bars[1::2], strict=True):
+            assert 0 < skipping[0] < dense[0] < width
+        assert re.fullmatch(r"[\d.]+ m?s", bars[0][1])
+        assert bars[2][1] == "100 %"
+        assert re.fullmatch(r"[\d.]+ [KM]iB", bars[5][1])
         noun = tab.value(r"$('question').value.match(/code of (\w+)/)[1]")
         code = re.search(rf"The code of {noun} is (\w+)\.", tab.value("$('document').value"))
         assert code is not None
+        [place] = tab.value(f"places('{code[1]}', $('document').value)")
+        assert 0 <= place < 1
         for side in ("dense", "spts"):
             assert tab.value(f"document.querySelector('#{side} .answer').textContent").strip() == code[1]
-            assert tab.value(f"document.querySelectorAll('#{side} .numbers dd').length") >= 5
+            label = tab.value(f"document.querySelector('#{side} canvas').ariaLabel")
+            assert label.split(": ")[1].startswith("100, 100, 100, 100, ")
             first, last = tab.value(STRENGTHS.replace("SIDE", side))
             assert first == 255, "every token runs the first layer"
             assert last == 255 if side == "dense" else 15 < last < 80, "and few the last one, with SPTS"
@@ -112,6 +127,7 @@ class TestInABrowser:
             f"$('document').value = 'The code of heron is cedar.'; $('question').value = 'Which?'; {ask}"
         )
         tab.wait("!$('verdict').hidden")
+        asked = "The code of heron is cedar.\n\nQuestion: Which?"
         assert "shorter than every budget" in tab.text()
         box = "document.querySelector('#spts canvas').getBoundingClientRect()"
         tab.value(f"{box}.top > innerHeight && document.querySelector('#spts canvas').scrollIntoView()")
@@ -119,6 +135,6 @@ class TestInABrowser:
         tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         tab.wait("document.querySelector('#spts q') !== null")
         assert re.search(r"Layer \d+: 100 % of the tokens here ran attention", tab.text())
-        assert tab.value("document.querySelector('#spts q').textContent") in tab.value("shown")
+        assert tab.value("document.querySelector('#spts q').textContent") in asked
         tab.picture(PICTURES / "page-place.png")
         assert tab.faults == []
