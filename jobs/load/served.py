@@ -1,7 +1,14 @@
-"""An endpoint to put under load: what `make serve` runs, on a cluster of its own and a free port."""
+"""An endpoint to put under load: what `make serve` runs, on a cluster of its own and a free port.
+
+    python -m jobs.load.served ray_config.yaml -- some-client --url {url}/v1 ...
+
+runs another program's load on it: {url} in the command stands for its address. When the command ends, so does
+the endpoint.
+"""
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -93,6 +100,26 @@ def tokenizer_folder(app: AppConfig) -> str:
     return str(resolve(resolve_path(app.model), weights=False))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command against an endpoint of its own; its exit status, 2 for a faulty configuration."""
+    args = argparse.ArgumentParser(
+        prog="python -m jobs.load.served",
+        description="Run a command against an endpoint of its own, on the loopback address.",
+    )
+    args.add_argument("config", type=Path, help="a deployment file, as ray_config.yaml")
+    args.add_argument("command", nargs="+", help="the command, after --; {url} is the endpoint's address")
+    chosen = args.parse_args(argv)
+    try:
+        with served(chosen.config) as (url, _):
+            return subprocess.run([part.replace("{url}", url) for part in chosen.command]).returncode
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
 def _wait_until_ready(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + READY_S
     while child.poll() is None and time.monotonic() < deadline:
@@ -104,3 +131,7 @@ def _wait_until_ready(url: str, child: subprocess.Popen[bytes], log: Path) -> No
     state = "did not become ready" if child.poll() is None else f"ended with {child.returncode}"
     text = log.read_text(encoding="utf-8", errors="replace")
     raise RuntimeError(f"the endpoint {state}; its last words:\n{text[-3000:]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
