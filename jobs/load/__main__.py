@@ -116,8 +116,8 @@ def _load(
         with LoadProgress(settings) as progress:
             key = os.environ.get("OPENAI_API_KEY")
             done = asyncio.run(run(settings, asks, key=key, start=progress.start))
-    done = replace(done, provenance=provenance)
-    save(done, folder)
+        done = replace(done, provenance=provenance)
+        save(done, folder)  # before the endpoint is ended, which takes a while
     summary = summarise(done)
     print_report(done, summary, console)
     print(f"report: {write_report(done, summary, folder).resolve()}")

@@ -72,7 +72,7 @@ class Endpoint:
             ) from None
         if wanted is None and len(served) == 1:
             wanted = next(iter(served))
-        if wanted not in served:
+        if wanted is None or wanted not in served:
             raise ConfigError(
                 f"model must be one of {', '.join(served)}, got {wanted}; choose one", field="model"
             )

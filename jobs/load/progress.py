@@ -47,7 +47,9 @@ class LoadProgress:
                 display.done = min(display.total - 1, int(display.elapsed_s))
             else:
                 display.done = self._outcomes.total()
+            over = self._by_time and display.elapsed_s >= display.total
             text = f"{clock_time(display.elapsed_s)} elapsed, {self._counts()}"
+            text += "; the time is up, reading the last" if over else ""
             display.show(lambda: text, lambda: text)
 
         return on_record

@@ -37,13 +37,13 @@ def sdk(demo_url):
 
 async def test_async_streams_at_once_say_what_one_after_the_other_say(demo_url, sdk):
     samples = [sample for length in LENGTHS for sample in needles(length, 3)]
-    fields = {"model": "spts-demo", "max_tokens": 12, "temperature": 0}
+    fields: dict[str, Any] = {"model": "spts-demo", "max_tokens": 12, "temperature": 0}
     alone = [sdk.completions.create(prompt=sample.prompt, **fields) for sample in samples]
     async with openai.AsyncOpenAI(base_url=f"{demo_url}/v1", api_key=KEY, max_retries=0) as client:
 
         async def stream(prompt: str) -> tuple[str, str, Any]:
             text, reason, usage = "", "", None
-            options = {"include_usage": True}
+            options: Any = {"include_usage": True}
             chunks = await client.completions.create(
                 prompt=prompt, stream=True, stream_options=options, **fields
             )

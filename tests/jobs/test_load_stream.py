@@ -141,7 +141,7 @@ async def test_our_own_endpoint_passes(folder, method):
             answer.feed(raw, 0.0)
             assert answer.close() == "complete"
             assert answer.text
-            assert answer.usage["spts"]["method"] == method
+            assert answer.usage is not None and answer.usage["spts"]["method"] == method
             with pytest.raises(Fault):
                 Answer(chat=path != CHAT, max_tokens=4).feed(raw, 0.0)
 

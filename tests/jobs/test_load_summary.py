@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -36,14 +37,14 @@ def run(*records: Record, wall_s: float = 10.0, **fields) -> Run:
 
 @given(st.lists(st.floats(0, 1e3), min_size=2, max_size=300))
 def test_percentiles_are_those_of_the_standard_library(values):
-    found = spread(values)
+    found: Any = spread(values)
     hundredths = statistics.quantiles(values, n=100, method="inclusive")
     assert [found.p50, found.p90, found.p99] == pytest.approx([hundredths[i - 1] for i in (50, 90, 99)])
     assert (found.count, found.most) == (len(values), max(values))
 
 
 def test_percentiles_of_one_value_and_of_none():
-    one = spread([3.0])
+    one: Any = spread([3.0])
     assert (one.p50, one.p99, one.most, one.count) == (3.0, 3.0, 3.0, 1)
     assert spread([]) is None
 
@@ -76,7 +77,8 @@ def test_lines_are_by_length_and_method_and_count_complete_requests_only():
     assert summary.outcomes == {"complete": 3, "refused": 1, "error": 0, "fault": 2}
     assert not summary.clean
     assert summary.messages == (("fault: cut", 2),)
-    short, long = summary.lines
+    lines: Any = summary.lines
+    short, long = lines
     assert (short.length, short.method, short.count, short.score) == (100, "dense", 2, 0.5)
     assert short.ttft.p50 == 1.5
     assert (short.itl.count, short.itl.most) == (3, 1.5)
@@ -95,7 +97,7 @@ def test_short_prompts_while_a_long_one_waits():
             record(3, sent_s=14.5, times_s=(0.1, 6.0)),
         )
     )
-    both = summary.while_long
+    both: Any = summary.while_long
     assert (both.short, both.long) == (100, 1000)
     assert (both.ttft.count, both.ttft.most) == (1, 2.0), "request 2: the first began before, the last after"
     assert (both.itl.count, both.itl.most) == (3, 4.0)
@@ -108,7 +110,7 @@ def test_growth_of_memory_is_from_the_second_third_to_the_last():
         for i, size in enumerate(sizes)
     )
     summary = summarise(run(record(), moments=moments))
-    memory = summary.memory
+    memory: Any = summary.memory
     assert (memory.first, memory.most, memory.last, memory.growth) == (51, 111, 111, 1)
     assert summary.kv_left_bytes == 1.0
 
@@ -117,5 +119,5 @@ def test_a_run_in_which_nothing_was_answered_has_a_summary():
     summary = summarise(run(record(outcome="refused", times_s=(), late_s=2.0)))
     assert summary.clean
     assert (summary.total.count, summary.total.ttft, summary.lines, summary.late) == (0, None, (), 1)
-    assert summary.while_long.ttft is None
+    assert summary.while_long is not None and summary.while_long.ttft is None
     assert summary.memory is None
