@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jobs.plots import short_length
 from jobs.record import PlannedSample, Row
+from jobs.scoring import score_of
 from jobs.work import Work
 
 LINE_EVERY_S = 5.0
@@ -119,15 +120,10 @@ class SweepProgress:
         record, display = work.cell.record, self._display
         display.done += 1
         self._flops_done += work.flops
-        failed = row.error is not None or row.text is None
-        score = 0.0
-        if not failed:
-            planned = self._planned(work)
-            score = work.cell.task.score(row.text or "", planned.references, planned.meta)
         sums = self._scores[record.label]
-        sums[0] += score
+        sums[0] += score_of(work.cell.task, self._planned(work), row)
         sums[1] += 1
-        if failed:
+        if row.error is not None:
             self._errors[str(row.error)] += 1
             if self._errors[str(row.error)] <= 3:  # the fourth of a kind says nothing new
                 display.print(f"failed: {work.sample} with {record.label}: {row.error}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import secrets
 import sys
 import tempfile
@@ -194,21 +193,12 @@ def _cluster(sweep: Sweep, plans: Sequence[ModelPlan]) -> Iterator[None]:
     if not plans:
         yield
         return
-    import ray
+    from jobs.engines import check_capacity, connected
 
-    from jobs.engines import check_capacity
-
-    own = not ray.is_initialized()
-    if own:
-        # Engines log to files of their own; in a job's output they would hide the progress.
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    try:
+    with connected():
         for plan in plans:
             check_capacity(plan.engine_config(sweep), sweep.engine.count)
         yield
-    finally:
-        if own:
-            ray.shutdown()
 
 
 async def _run(start: _Start, work: Prepared, *, already: int) -> None:

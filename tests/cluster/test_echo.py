@@ -93,7 +93,8 @@ def test_log_likelihoods_are_those_of_transformers_through_lm_eval(demo_url, mon
     asked = [
         ("The code of falcon is amber.\n\nQuestion: What is the code of falcon?\nAnswer:", " amber"),
         ("The code of falcon is amber.\n\nQuestion: What is the code of falcon?\nAnswer:", " copper"),
-        ("def read(path):\n    with open(path) as file:\n", "        return file.read()"),
+        # lm-eval counts a context's last spaces and lines as the continuation's.
+        ("def read(path):\n    with open(path) as file:", "\n        return file.read()"),
     ]
     instances = [
         Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=index)

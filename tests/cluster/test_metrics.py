@@ -69,7 +69,7 @@ async def test_tokens_times_and_ends_are_counted_by_method(folder):
             "e2e_request_latency_seconds",
         )
     )
-    assert 0.004 < prefill <= first  # two steps of 2 ms: six layers, four a step
+    assert 0.002 < prefill <= first  # a step of 2 ms, or more of them
     assert queue + prefill <= first
     assert first + decode == pytest.approx(whole)
     assert found["inter_token_latency_seconds_sum", skipped] == pytest.approx(decode)

@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -157,13 +158,13 @@ def test_200_clients_that_leave_at_random_leave_nothing(http, demo_url):
 
 def test_the_openai_client_works_unmodified_sync_and_async(demo_url):
     question = "The code of falcon is amber.\n\nQuestion: What is the code of falcon?"
-    ask = {
+    ask: dict[str, Any] = {
         "model": "spts-demo",
         "messages": [{"role": "user", "content": question}],
         "max_tokens": 8,
         "temperature": 0,
     }
-    options = {"base_url": f"{demo_url}/v1", "api_key": KEY, "max_retries": 0}
+    options: dict[str, Any] = {"base_url": f"{demo_url}/v1", "api_key": KEY, "max_retries": 0}
 
     def said(chunks: list) -> str:
         return "".join(chunk.choices[0].delta.content for chunk in chunks).strip()

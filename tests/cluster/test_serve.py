@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -35,6 +36,7 @@ def deployment_file(folder, model, port, **args):
     path = folder / "ray_config.yaml"
     config = yaml.safe_load((REPOSITORY / "ray_config.yaml").read_text())
     config["http_options"]["port"] = port
+    config["tracing_config"] = {"enabled": True, "sampling_ratio": 1.0}
     config["applications"][0]["args"] = {
         "served_model_name": "tiny",
         "engines": {
@@ -249,6 +251,31 @@ def test_logs_are_json_ours_among_them(http, driver):
     assert ours
     assert ours[0]["levelname"] == "WARNING"
     assert ours[0]["deployment"] == "spts_Engine-default"
+
+
+def test_a_traced_request_is_one_trace_from_the_client_to_the_engine(http, driver):
+    """Serve's own setting, its spans written to files."""
+    trace_id = secrets.token_hex(16)
+    header = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    body = {"model": "tiny", "prompt": prompt(20, seed=0), "max_tokens": 2}
+    assert http.post("/v1/completions", json=body, headers=header).status_code == 200
+    folder = Path(driver._private.worker._global_node.get_logs_dir_path()) / "serve" / "spans"
+    for replica, span in (
+        ("Router", "POST /v1/completions"),
+        ("Engine-default", "replica_handle_request Engine-default generate"),
+    ):
+        text = "".join(file.read_text() for file in folder.glob(f"replica_spts_{replica}_*"))
+        names = {each["name"] for each in objects(text) if each["context"]["trace_id"] == f"0x{trace_id}"}
+        assert span in names
+
+
+def objects(text: str) -> list[dict]:
+    """The JSON objects that a text consists of."""
+    decoder, found, place = json.JSONDecoder(), [], 0
+    while (place := text.find("{", place)) >= 0:
+        each, place = decoder.raw_decode(text, place)
+        found.append(each)
+    return found
 
 
 def test_what_has_begun_is_finished_before_the_endpoint_goes(http, driver, other_ranks):

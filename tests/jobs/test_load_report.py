@@ -138,7 +138,9 @@ def test_two_runs_are_compared(tmp_path, capsys):
     assert row.endswith("| 1.25 s | 2.50 s | 1.50 s | 2.99 s | 1.50 s | 3.00 s | 0.50× |")
     assert "TTFT, 512 while 8K waits" in page.text
     assert not page.sources
-    assert "layers_per_step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "layers_per_step" in printed
+    assert "TTFT, 512 while" in printed
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"schema": 9}'])
