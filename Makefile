@@ -9,7 +9,7 @@ COMMIT := $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo ablation serve test check format report constraints clean
+.PHONY: help venv demo ablation serve load slices test check format report constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,17 @@ ablation: $(ABLATED) ## The paper's ablations on the bundled model, half an hour
 serve: $(INSTALLED) ## The OpenAI-compatible endpoint of ray_config.yaml, until Ctrl-C
 	"$(BIN)/python" -m cluster.config ray_config.yaml
 	"$(BIN)/python" -m cluster.local -- serve run ray_config.yaml $(ARGS)
+
+load: $(INSTALLED) ## 64 streams of mixed lengths for two minutes on the endpoint of ray_config.yaml, with a report
+	"$(BIN)/python" -m jobs.load --serve ray_config.yaml --streams 64 --seconds 120 --ignore-eos \
+		--out results/load $(ARGS)
+
+# Short prompts that decode for long beside 8K prompts that the model reads a layer at a time, then all at once.
+SLICES := --serve ray_config.yaml --streams 6 --seconds 90 --lengths 256:0.75,8192:0.25 --max-tokens 64 --ignore-eos
+slices: $(INSTALLED) ## What slicing prefills by layer does for short prompts: two loads, compared
+	"$(BIN)/python" -m jobs.load $(SLICES) --set engines.default.layers_per_step=1 --out results/slices/1 $(ARGS)
+	"$(BIN)/python" -m jobs.load $(SLICES) --set engines.default.layers_per_step=12 --out results/slices/12 $(ARGS)
+	"$(BIN)/python" -m jobs.load --compare results/slices/1 results/slices/12
 
 test: $(INSTALLED) ## All tests; make test ARGS="-m 'not slow' tests/spts" runs fewer
 	"$(BIN)/python" -m pytest $(ARGS)

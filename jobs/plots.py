@@ -14,7 +14,7 @@ from jobs.stats import Estimate
 from jobs.summary import Line, ModelSummary
 
 _INK, _FAINT, _GRID = "#39424e", "#7b8794", "#e6eaee"
-_RC = {
+RC = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "svg.fonttype": "path",
@@ -45,8 +45,8 @@ def score_by_length(model: ModelSummary, task: str | None = None) -> str | None:
     """Mean score against prompt length, a line per method, with intervals; of one task, or over all."""
     if len(model.lengths) < 2:
         return None
-    with matplotlib.rc_context(_RC):
-        figure, axes = _figure()
+    with matplotlib.rc_context(RC):
+        figure, axes = new_figure()
         style = colours(model)
         for label in model.labels:
             lines = _along(model, label, task)
@@ -54,18 +54,18 @@ def score_by_length(model: ModelSummary, task: str | None = None) -> str | None:
                 places = [_dodged(model, label, line.length) for line in lines]
                 _error_line(axes, places, [line.score for line in lines], label, style[label],
                             whiskers=not numbered(model))  # fmt: skip
-        _length_axis(axes, model.lengths)
+        length_axis(axes, model.lengths)
         _score_axis(axes)
         _legend(figure, axes, model)
-        return _svg(figure)
+        return svg(figure)
 
 
 def score_by_task(model: ModelSummary) -> str | None:
     """Mean score of each task over all lengths, a row per task and a mark per method, with intervals."""
     if len(model.tasks) < 2 or numbered(model):
         return None
-    with matplotlib.rc_context(_RC):
-        figure, axes = _figure(height=max(3.1, 1.1 + 0.27 * len(model.tasks)))
+    with matplotlib.rc_context(RC):
+        figure, axes = new_figure(height=max(3.1, 1.1 + 0.27 * len(model.tasks)))
         for place, label in enumerate(model.labels):
             colour, marker = colours(model)[label]
             shift = 0.6 * ((place + 0.5) / len(model.labels) - 0.5)
@@ -82,7 +82,7 @@ def score_by_task(model: ModelSummary) -> str | None:
         axes.set_xlabel("score, %")
         axes.grid(visible=False, axis="y")
         _legend(figure, axes, model)
-        return _svg(figure)
+        return svg(figure)
 
 
 Cost = Callable[[Line], float | None]
@@ -106,8 +106,8 @@ def ttft_share(line: Line) -> float | None:
 def score_by_cost(model: ModelSummary, cost: Cost, name: str) -> str | None:
     """Mean score against a measured cost: a mark per method over all samples, small ones per length, and the
     front of those that nothing beats in both. `cost` is a share of dense; None where no method has one."""
-    with matplotlib.rc_context(_RC):
-        figure, axes = _figure()
+    with matplotlib.rc_context(RC):
+        figure, axes = new_figure()
         style = colours(model)
         known = [line for line in model.overall.values() if cost(line) is not None]
         if not known:
@@ -135,24 +135,24 @@ def score_by_cost(model: ModelSummary, cost: Cost, name: str) -> str | None:
         axes.set_xlabel(name)
         axes.set_ylabel("score, %")
         _legend(figure, axes, model)
-        return _svg(figure)
+        return svg(figure)
 
 
 def flops_by_length(model: ModelSummary) -> str | None:
     """Measured share of dense FLOP against prompt length, a line per method."""
     if len(model.lengths) < 2:
         return None
-    with matplotlib.rc_context(_RC):
-        figure, axes = _figure()
+    with matplotlib.rc_context(RC):
+        figure, axes = new_figure()
         for label in model.labels:
             lines = [line for line in _along(model, label, None) if line.costs.flop_share is not None]
             shares = [100 * (line.costs.flop_share or 0) for line in lines]
             _line(axes, [line.length or 0 for line in lines], shares, label, colours(model)[label])
-        _length_axis(axes, model.lengths)
+        length_axis(axes, model.lengths)
         axes.set_ylim(0, 108)
         axes.set_ylabel("prefill FLOP, % of dense")
         _legend(figure, axes, model)
-        return _svg(figure)
+        return svg(figure)
 
 
 def ttft_by_length(model: ModelSummary) -> str | None:
@@ -163,8 +163,8 @@ def ttft_by_length(model: ModelSummary) -> str | None:
     """
     if len(model.lengths) < 2:
         return None
-    with matplotlib.rc_context(_RC):
-        figure, axes = _figure()
+    with matplotlib.rc_context(RC):
+        figure, axes = new_figure()
         measured = {label: [line for line in _along(model, label, None) if line.costs.ttft_s]
                     for label in model.labels}  # fmt: skip
         if not any(measured.values()):
@@ -179,14 +179,14 @@ def ttft_by_length(model: ModelSummary) -> str | None:
                 if label != model.baseline and (time := predicted_ttft(model, line)) is not None
             ]
             axes.plot([x for x, _ in expected], [y for _, y in expected], ":", color=style[0], linewidth=1.2)
-        _length_axis(axes, model.lengths)
+        length_axis(axes, model.lengths)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.set_ylabel("time to first token, s (median)")
         _legend(figure, axes, model)
-        return _svg(figure)
+        return svg(figure)
 
 
 def predicted_ttft(model: ModelSummary, line: Line) -> float | None:
@@ -220,7 +220,8 @@ def _dodged(model: ModelSummary, label: str, length: int | None) -> float:
     return (length or 0) * 1.035**step
 
 
-def _figure(width: float = 4.6, height: float = 3.1) -> tuple[Figure, Any]:
+def new_figure(width: float = 4.6, height: float = 3.1) -> tuple[Figure, Any]:
+    """A figure and its axes, inches; to be drawn under `RC`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -252,7 +253,8 @@ def _ends(scores: Sequence[Estimate]) -> list[list[float]]:
     return [below, above]
 
 
-def _length_axis(axes: Any, lengths: Sequence[int]) -> None:
+def length_axis(axes: Any, lengths: Sequence[int]) -> None:
+    """Prompt lengths along the bottom, doubling by equal steps."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(lengths), [short_length(length) for length in lengths])
     axes.minorticks_off()
@@ -279,7 +281,8 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as the text of an SVG file that needs nothing else."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return text.getvalue()

@@ -20,7 +20,7 @@ from jobs.work import Work
 LINE_EVERY_S = 5.0
 
 
-class _Display:
+class Display:
     """A count that grows to `total`: a bar if `out` is a terminal, else a line every few seconds."""
 
     def __init__(self, total: int, done: int, out: TextIO | None, clock: Callable[[], float]) -> None:
@@ -75,7 +75,7 @@ class PromptProgress:
         out: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._display = _Display(total, 0, out, clock)
+        self._display = Display(total, 0, out, clock)
 
     def on_prompt(self, num_samples: int) -> None:
         """Takes note of one prompt, made for so many samples."""
@@ -110,7 +110,7 @@ class SweepProgress:
         out: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._display = _Display(total, already, out, clock)
+        self._display = Display(total, already, out, clock)
         self._planned = planned
         self._flops_total, self._flops_done = flops, 0.0
         self._scores = dict.fromkeys(labels, (0.0, 0))

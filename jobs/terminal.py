@@ -58,7 +58,7 @@ def _tables(name: str, model: ModelSummary) -> Iterator[Table]:
 
 
 def _scores(title: str, model: ModelSummary, labels: Sequence[str], lengths: Sequence[int]) -> Table:
-    table = _table(title, "method", *map(short_length, lengths), "all", "95 %", "failed")
+    table = new_table(title, "method", *map(short_length, lengths), "all", "95 %", "failed")
     for label in labels:
         line = model.overall[label]
         cells = [model.by_length.get((label, length)) for length in lengths]
@@ -73,7 +73,7 @@ def _scores(title: str, model: ModelSummary, labels: Sequence[str], lengths: Seq
 
 
 def _by_task(title: str, model: ModelSummary, labels: Sequence[str]) -> Table:
-    table = _table(title, "task", *labels)
+    table = new_table(title, "task", *labels)
     for task in model.tasks:
         lines = [model.by_task.get((label, task)) for label in labels]
         table.add_row(Text(task), *(percent(line.score.value) if line else "–" for line in lines))
@@ -88,8 +88,8 @@ def _by_task(title: str, model: ModelSummary, labels: Sequence[str]) -> Table:
 
 def _differences(model: ModelSummary, labels: Sequence[str]) -> Table:
     baseline = model.baseline or "dense"
-    table = _table(f"against {baseline} on the same samples, in points", "method", "difference", "95 %", "p",
-                   "p (Holm)", "samples", "contexts")  # fmt: skip
+    table = new_table(f"against {baseline} on the same samples, in points", "method", "difference",
+                      "95 %", "p", "p (Holm)", "samples", "contexts")  # fmt: skip
     for label in labels:
         line, test = model.overall[label], model.comparisons.get(label)
         delta = line.delta
@@ -106,7 +106,7 @@ def _differences(model: ModelSummary, labels: Sequence[str]) -> Table:
 
 def _costs(model: ModelSummary, labels: Sequence[str]) -> Table:
     title = "measured cost; FLOP and KV as a share of dense, × as fast as dense"
-    table = _table(title, "method", "FLOP", "KV",
+    table = new_table(title, "method", "FLOP", "KV",
                    "TTFT", "×", "TPOT", "e2e", "×", "equal", "tokens")  # fmt: skip
     for label in labels:
         costs = model.overall[label].costs
@@ -128,14 +128,15 @@ def _costs(model: ModelSummary, labels: Sequence[str]) -> Table:
 
 
 def _agreement(model: ModelSummary, labels: Sequence[str]) -> Table:
-    table = _table("agreement with dense, per token", "method", "KL, nats", "mean rank", "median rank")
+    table = new_table("agreement with dense, per token", "method", "KL, nats", "mean rank", "median rank")
     for label in labels:
         costs = model.overall[label].costs
         table.add_row(Text(label), nats(costs.kl_nats), number(costs.rank_mean), number(costs.rank_median))
     return table
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
+def new_table(title: str, first: str, *columns: str) -> Table:
+    """A table without rows: the first column to the left, the others to the right."""
     table = Table(
         title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0), caption_justify="left",
