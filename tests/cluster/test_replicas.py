@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,15 +174,26 @@ def test_replicas_follow_the_queue(served):
             "max_replicas": 2,
             "queued_prefill_tokens": LONG,
             "upscale_delay_s": 1,
-            "downscale_delay_s": 15,  # longer than a replica takes to start, or it would go before it came
+            "downscale_delay_s": 3,
             "look_back_period_s": 3,
         },
     )
     wait(lambda: len(served.replicas()) == 1 and is_ready(served.url), 240)
-    with ThreadPoolExecutor(8) as pool:
-        prompts = [pool.submit(served.ask, served.prompt(LONG)) for _ in range(8)]
-        wait(lambda: len(served.replicas()) == 2, 120)
-        assert {prompt.result().status_code for prompt in prompts} == {200}
+    enough = threading.Event()
+
+    def keep_asking() -> list[int]:
+        codes = []
+        while not enough.is_set():
+            codes.append(served.ask(served.prompt(LONG)).status_code)
+        return codes
+
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(keep_asking) for _ in range(6)]
+        try:
+            wait(lambda: len(served.replicas()) == 2, 240)
+        finally:
+            enough.set()
+    assert {code for codes in asked for code in codes.result()} == {200}
     wait(lambda: len(served.replicas()) == 1, 120)
     assert served.ask(served.prompt(20)).status_code == 200
 
