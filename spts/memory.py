@@ -38,8 +38,8 @@ def request_bytes(
     slice_flops: what is computed at once (`SptsModel.advance`), which bounds the rows in work; None = a whole
     layer. Keys and values have room for all new tokens as soon as a layer has begun.
 
-    Worked example: LLaMA-3.1-8B in bfloat16, 32,768 tokens and 256 new ones, slices of 2,048 tokens' FLOP
-    (3.1e13). Keys and values take 4.03 GiB dense and 1.69 GiB under the published schedule; the whole request
+    Worked example: LLaMA-3.1-8B in bfloat16, 32,768 tokens and 256 new ones, slices of 1,024 tokens' FLOP
+    (1.5e13). Keys and values take 4.03 GiB dense and 1.69 GiB under the published schedule; the whole request
     at most 6.5 and 4.4 GiB.
     """
     kv_row = 2 * (shape.num_kv_heads // world_size) * shape.head_dim * dtype_bytes

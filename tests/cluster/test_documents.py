@@ -98,7 +98,8 @@ def test_one_that_is_given_up_leaves_nothing():
 def test_the_longest_common_beginning_is_found_and_bytes_add_up(seed):
     """Prompts over two tokens, so that they share beginnings of all lengths, blocks and odd ends."""
     draw = random.Random(seed)
-    documents, held = Documents(10**6), {}
+    documents = Documents(10**6)
+    held: dict[int, tuple[int, ...]] = {}
     for _ in range(draw.randint(1, 25)):
         if held and draw.random() < 0.7:
             base = draw.choice(list(held.values()))[: draw.choice([1, 63, 64, 65, 127, 128, 129, 200])]

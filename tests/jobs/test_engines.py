@@ -192,7 +192,7 @@ def test_a_real_engine_stops_where_it_is_told_and_shares_what_prompts_begin_with
         try:
             (engine,) = engines
             for method in (Dense(), Spts(schedule=schedule)):
-                alone = [await engine.run(request(prompt, method)) for prompt in prompts]
+                alone = [await engine.run(request(prompt, method, prefix_tokens=0)) for prompt in prompts]
                 shared = [await engine.run(request(prompt, method, prefix_tokens=290)) for prompt in prompts]
                 assert [one.token_ids for one in shared] == [one.token_ids for one in alone]
                 assert [one.reused_tokens for one in shared] == [0, 290, 290]

@@ -9,13 +9,9 @@ import pytest
 
 from cluster.config import EngineConfig
 from jobs.reuse import QUESTION_TOKENS, measure
-from spts.cost import ModelShape, prefill_flops, reused_flops
+from spts.cost import ModelShape, ProxyShape, prefill_flops, reused_flops
 from spts.methods import Dense, Spts
-from spts.proxy import Manifest
 from spts.schedule import Schedule
-from tests.cluster.conftest import driver, ray_cluster
-
-__all__ = ["driver", "ray_cluster"]
 
 DEMO = Path(__file__).resolve().parents[2] / "jobs" / "demo_model"
 SPTS = Spts(schedule=Schedule.preset("demo-12l"))
@@ -23,7 +19,8 @@ SPTS = Spts(schedule=Schedule.preset("demo-12l"))
 
 def test_the_second_question_on_8192_tokens_of_the_demo_model_costs_a_tenth_of_the_first():
     shape = ModelShape.from_config(json.loads((DEMO / "config.json").read_text()))
-    proxy = Manifest.from_json((DEMO / "proxies" / "proxies.json").read_text()).shape
+    fitted = json.loads((DEMO / "proxies" / "proxies.json").read_text())
+    proxy = ProxyShape(channels=fitted["channels"], rank=fitted["rank"])
     flops = prefill_flops(shape, SPTS.planned_work(shape.num_layers, 8192), proxy).total
     left = flops - reused_flops(shape, 8192 - QUESTION_TOKENS, SPTS.schedule.first_skip_layer)
     assert left / flops == pytest.approx(0.100, abs=0.001)
@@ -31,7 +28,7 @@ def test_the_second_question_on_8192_tokens_of_the_demo_model_costs_a_tenth_of_t
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_a_measurement_says_what_was_predicted_and_whether_the_answers_are_the_same(driver):
+def test_a_measurement_says_what_was_predicted_and_whether_the_answers_are_the_same():
     rows = measure(EngineConfig(model=str(DEMO), slice_tokens=None), [SPTS, Dense()], 512, 1, 4)
     assert [(row["method"], row["same"], row["reused_tokens"]) for row in rows] == [
         ("spts", True, 512 - QUESTION_TOKENS),
