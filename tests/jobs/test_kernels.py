@@ -32,7 +32,10 @@ def test_every_kernel_is_checked_and_timed(capsys):
     assert run("--tokens", "70", "40", "--active", "30", "7") == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     timed = {row["operation"] for row in report["rows"]}
-    assert timed == {"rms_norm", "rotate_in_place", "gated_product", "add_rows_in_place", "top_rows"}
+    assert timed == {
+        *("rms_norm", "rotate_in_place", "gated_product", "add_rows_in_place", "top_rows"),
+        "ragged_attention",
+    }
     assert all(row["kernel_s"] > 0 and row["eager_s"] > 0 for row in report["rows"])
     sizes = [row["size"] for row in report["rows"] if row["operation"] == "top_rows"]
     assert sizes == ["T70-M30", "T40-M7"]
