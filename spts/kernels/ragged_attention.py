@@ -19,8 +19,8 @@ from torch import Tensor
 
 from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require
 
-_PROGRAMS = 512  # enough for 132 multiprocessors
-_FEWEST, _MOST = 8, 128  # splits of a cache: one long request among many short ones needs some too
+_PROGRAMS = 256  # two for each multiprocessor of an H200
+_FEWEST, _MOST = 16, 128  # splits of a cache: a long request among many short ones needs programs of its own
 _BLOCK_BYTES = 16384  # of keys read at once
 
 

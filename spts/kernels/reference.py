@@ -178,8 +178,8 @@ def ragged_attention(
 
     held: keys and values of each cache, [C, K, d], contiguous, C at least the tokens held and one. table_B3:
     int64; of each request the addresses of its keys and of its values, multiples of 16, and the tokens held
-    before this one. A row that holds -1 is no request: nothing is read or written for it, its attention is 0; such
-    rows come last and have no entry in `held`. Query head h reads key head h // (H // K).
+    before this one. A row that holds -1 is no request: nothing is read or written for it, its attention is 0;
+    such rows come last and have no entry in `held`. Query head h reads key head h // (H // K).
 
     Example: d = 1, keys [[0], [free]], values [[1], [free]], one token held, query [1], new key [ln 3] and
     value [5], scale 1: the weights are 0.25 and 0.75, the attention 4, and the free rows hold ln 3 and 5.
