@@ -290,9 +290,9 @@ def test_ragged_attention_worked_example(few_programs, name):
     keys, values = torch.tensor([[[0.0]], [[9.0]]]), torch.tensor([[[1.0]], [[9.0]]])
     keys, values = keys.to(DEVICE), values.to(DEVICE)
     table_B3 = torch.tensor([[keys.data_ptr(), values.data_ptr(), 1]], device=DEVICE)
-    new = [torch.full((1, 1, 1), number, device=DEVICE) for number in (1.0, math.log(3), 5.0)]
+    query, key, value = (torch.full((1, 1, 1), number, device=DEVICE) for number in (1.0, math.log(3), 5.0))
     operation = dispatch.kernel("ragged_attention") if name == "kernel" else reference.ragged_attention
-    out_BHd = operation(*new, [(keys, values)], table_B3, 1.0)
+    out_BHd = operation(query, key, value, [(keys, values)], table_B3, 1.0)
     torch.testing.assert_close(out_BHd.cpu(), torch.tensor([[[4.0]]]))
     torch.testing.assert_close(keys.flatten().cpu(), torch.tensor([0.0, math.log(3)]))
     torch.testing.assert_close(values.flatten().cpu(), torch.tensor([1.0, 5.0]))
