@@ -9,7 +9,7 @@ COMMIT := $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo serve test check format report constraints clean
+.PHONY: help venv demo ablation serve test check format report constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,19 @@ demo: $(INSTALLED) ## dense, spts, random and recency on the bundled model, as a
 	@mkdir -p "$(RESULTS)"
 	"$(BIN)/python" -m cluster.local -- ray job submit --working-dir . -- \
 		python -m jobs.sweep --config jobs/configs/demo.yaml --out "$(RESULTS)" \
+		$(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
+
+# The proxies of jobs/configs/ablation.yaml, over the texts of the model's own: build/proxies/cCHANNELS-rRANK.
+ABLATED := $(patsubst %,build/proxies/%/proxies.json,c64-r24 c64-r24-mean c16-r8 c16-r16 c64-r8 c64-r48 c256-r24 c256-r96)
+TEXTS = $(shell "$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+build/proxies/%/proxies.json: $(INSTALLED)
+	"$(BIN)/python" -m jobs.calibrate --model jobs/demo_model --schedule demo-12l --first-layer 2 \
+		--texts $(addprefix $(TEXTS)/,argparse.py typing.py pydoc_data/topics.py subprocess.py inspect.py tarfile.py) \
+		$(patsubst c%,--channels %,$(word 1,$(subst -, ,$*))) $(patsubst r%,--rank %,$(word 2,$(subst -, ,$*))) \
+		$(if $(findstring mean,$*),--top-share 1) --tokens 2048 --windows 2 --live-tokens 8 --out $(@D)
+
+ablation: $(ABLATED) ## The paper's ablations on the bundled model, half an hour on two cores; docs/ablation.md has its report
+	"$(BIN)/python" -m cluster.local -- "$(BIN)/python" -m jobs.sweep --config jobs/configs/ablation.yaml \
 		$(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 serve: $(INSTALLED) ## The OpenAI-compatible endpoint of ray_config.yaml, until Ctrl-C

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,6 +157,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
     from cluster.config import EngineConfig, resolve_path
     from cluster.engine import start_engine, stop_engine
     from jobs.contestants import OnEngine
+    from jobs.engines import connected
     from spts import loading
 
     for field in ("shape", "channels", "rank", "attention", "backends", "parts", "batches"):
@@ -179,10 +179,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
         num_threads=args.threads,
         layers_per_step=shape.num_layers,  # a prompt alone is never sliced
     )
-    own_cluster = not ray.is_initialized()
-    if own_cluster:
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    try:
+    with connected():
         engine = start_engine(config)
         try:
             info = ray.get(engine.info.remote())
@@ -200,9 +197,6 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
             )
         finally:
             stop_engine(engine)
-    finally:
-        if own_cluster:
-            ray.shutdown()
 
 
 def _about(model: str, shape: ModelShape, args: argparse.Namespace) -> dict[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -20,6 +21,21 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _SIGN_OF_LIFE_S = 30.0  # an actor that answers nothing for so long is dead, whatever its process does
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """A connection to Ray: the one that is there, else one of its own: to the cluster that the environment
+    names (in a job: the job's), or to a new one on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    # Engines log to files of their own; in a job's output they would hide the progress.
+    ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class RayEngine:
@@ -70,6 +86,10 @@ class RayEngine:
             raise EngineError("unavailable", f"the engine died: {_kind(error)}") from None
         self._deaths = 0
         return result
+
+    def forgive(self) -> None:
+        """The deaths so far were a sample's doing, and it has been given up: they do not count."""
+        self._deaths = 0
 
     async def recover(self) -> bool:
         """Waits while the engine restarts its ranks, replaces a dead engine. False = no more tries."""

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
-import ray
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
@@ -89,9 +87,7 @@ class ClusterLM(LM):
         with ExitStack() as stack:
             # One loop for as long as the engines live: what they wait on belongs to it.
             self._loop = stack.enter_context(asyncio.Runner())
-            if not ray.is_initialized():
-                ray.init(logging_level=logging.WARNING, log_to_driver=False)
-                stack.callback(ray.shutdown)
+            stack.enter_context(pool.connected())
             pool.check_capacity(config, engines)
             self._engines, self.info = self._loop.run(pool.start_engines(config, engines))
             stack.callback(lambda: self._loop.run(pool.stop_engines(self._engines)))

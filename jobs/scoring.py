@@ -45,11 +45,13 @@ def score_rows(plan: Plan, rows: Mapping[str, Row]) -> list[Scored]:
         ConfigError: results of another version of a task than this package scores.
     """
     cells = {cell.id: (cell, _task_of(cell)) for cell in plan.cells}
-    return [
-        _score(*cells[planned.cell], planned, rows[planned.key])
-        for planned in plan.samples
-        if planned.key in rows
-    ]
+    scored = []
+    for planned in plan.samples:
+        if planned.key in rows:
+            (cell, task), row = cells[planned.cell], rows[planned.key]
+            score = score_of(task, planned, row)
+            scored.append(Scored(cell=cell, planned=planned, row=row, score=score))
+    return scored
 
 
 def _task_of(cell: CellRecord) -> Task:
@@ -63,14 +65,13 @@ def _task_of(cell: CellRecord) -> Task:
     return task
 
 
-def _score(cell: CellRecord, task: Task, planned: PlannedSample, row: Row) -> Scored:
+def score_of(task: Task, planned: PlannedSample, row: Row) -> float:
+    """Score of one row, 0 to 1: of its answer, or of how it agreed with the dense model; 0 if it failed."""
     if row.error is not None:
-        score = 0.0
-    elif row.agreement is not None:
-        score = first_rank_share(row.agreement)
-    else:
-        score = 0.0 if row.text is None else task.score(row.text, planned.references, planned.meta)
-    return Scored(cell=cell, planned=planned, row=row, score=score)
+        return 0.0
+    if row.agreement is not None:
+        return first_rank_share(row.agreement)
+    return 0.0 if row.text is None else task.score(row.text, planned.references, planned.meta)
 
 
 def first_rank_share(agreement: Mapping[str, Any]) -> float:

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+_LINE_CHARS = 400
+
 
 class PlainTokens:
-    """`jobs.tasks.Tokens` of a `tokenizers.Tokenizer`; counts are remembered, since lines come again."""
+    """`jobs.tasks.Tokens` of a `tokenizers.Tokenizer`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.count = lru_cache(maxsize=200_000)(self._count)
+        self._remembered = lru_cache(maxsize=200_000)(self._count)
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a text, without special tokens. Lines come again, so theirs are remembered."""
+        return self._remembered(text) if len(text) <= _LINE_CHARS else self._count(text)
 
     def _count(self, text: str) -> int:
         return len(self.encode(text))

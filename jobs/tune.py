@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import shlex
 import sys
 import time
@@ -91,7 +90,8 @@ def tune(args: argparse.Namespace, *, command: str) -> int:
     identity = {
         "model": model.fingerprint,
         "proxies": model.proxies_sha256,
-        "engine": [args.dtype, args.device, args.tensor_parallel_size],
+        "engine": [args.dtype, args.device, args.tensor_parallel_size, args.threads],
+        "seed": args.seed,
         "samples": content_hash(asdict(samples)),
         "length": args.length,
         "target_speedup": args.target_speedup,
@@ -126,19 +126,11 @@ def _goal(args: argparse.Namespace) -> str:
 @contextmanager
 def _cluster(config: EngineConfig, count: int) -> Iterator[None]:
     """A connection to Ray, seen to have room for the engines."""
-    import ray
+    from jobs.engines import check_capacity, connected
 
-    from jobs.engines import check_capacity
-
-    own = not ray.is_initialized()
-    if own:
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    try:
+    with connected():
         check_capacity(config, count)
         yield
-    finally:
-        if own:
-            ray.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ def prepare(
 
     on_prompt: called after each prompt with the number of samples that it was asked for.
     Raises ConfigError when a length has no room for a task, a prompt with its answer exceeds the context, a
-    task has no sample, or gives two the same name and prompt. DiskError.
+    task has no sample, gives two the same name and prompt, or gives two seeds the same prompt. DiskError.
     """
     prepared = [Prepared(plan=plan) for plan in plans]
     users: dict[tuple[str, int, int], list[tuple[Prepared, Cell]]] = defaultdict(list)
@@ -175,6 +175,7 @@ class _Maker:
         self._file = file
         self._plan_file = plan_file
         self._keys: set[str] = set()
+        self._seeds: dict[tuple[str, int, str], int] = {}
         self._num_contexts = 0
 
     def make(self, task: Task, users: list[tuple[Prepared, Cell]], on_prompt: Callable[[], None]) -> int:
@@ -187,12 +188,14 @@ class _Maker:
             self._prompts.tokens, length=first.length, count=first.count, seed=first.seed
         ):
             token_ids = self._prompts.encode(sample)
+            digest = _digest(token_ids, sample.follow)
+            self._check_seed(first, digest)
             place = self._file.add((*token_ids, *sample.follow))
             # A sample without a context is a group of its own; no context is called like it.
             name = f"\0{got}" if sample.context is None else sample.context
             self._join(contexts, name, place, token_ids)
             for (prepared, cell), groups in zip(users, members, strict=True):
-                groups[name].append(self._work(prepared, cell, sample, token_ids, place))
+                groups[name].append(self._work(prepared, cell, sample, token_ids, digest, place))
             got += 1
             on_prompt()
         if not got:
@@ -229,8 +232,25 @@ class _Maker:
             first = self._file.read(context.prompt, context.common)
             context.common = common_prefix(first, array("i", token_ids))
 
+    def _check_seed(self, cell: Cell, digest: str) -> None:
+        """A prompt that two seeds share would count twice, and every interval would be too narrow."""
+        seed = self._seeds.setdefault((cell.task.name, cell.length, digest), cell.seed)
+        if seed != cell.seed:
+            raise ConfigError(
+                f"seeds must give samples of their own, got a prompt of {cell.task.name!r} at {cell.length} "
+                f"tokens under seed {seed} and under seed {cell.seed}; give that task one seed, in a sweep "
+                "of its own if others have several",
+                field="seeds",
+            )
+
     def _work(
-        self, prepared: Prepared, cell: Cell, sample: Sample, token_ids: tuple[int, ...], place: int
+        self,
+        prepared: Prepared,
+        cell: Cell,
+        sample: Sample,
+        token_ids: tuple[int, ...],
+        digest: str,
+        place: int,
     ) -> Work:
         plan = prepared.plan
         num_new = len(sample.follow) or cell.task.max_new_tokens
@@ -240,10 +260,7 @@ class _Maker:
                 f"tokens, got {len(token_ids)} + {num_new} in sample {sample.id!r}; use shorter lengths",
                 field="lengths",
             )
-        sha256 = hashlib.sha256(array("i", token_ids).tobytes())
-        if sample.follow:
-            sha256.update(b"follow" + array("i", sample.follow).tobytes())
-        key = sample_key(cell.record.id, sample.id, sha256.hexdigest())
+        key = sample_key(cell.record.id, sample.id, digest)
         if key in self._keys:
             raise ConfigError(
                 f"samples of a task must differ, got {sample.id!r} of {cell.task.name!r} twice; remove one "
@@ -256,7 +273,7 @@ class _Maker:
             cell=cell.record.id,
             sample=sample.id,
             prompt_tokens=len(token_ids),
-            prompt_sha256=sha256.hexdigest(),
+            prompt_sha256=digest,
             question=sample.prompt[-_QUESTION_CHARS:],
             references=tuple(sample.references),
             meta=dict(sample.meta),
@@ -273,6 +290,13 @@ class _Maker:
             num_follow=len(sample.follow),
             flops=flops,
         )
+
+
+def _digest(token_ids: Sequence[int], follow: Sequence[int]) -> str:
+    sha256 = hashlib.sha256(array("i", token_ids).tobytes())
+    if follow:
+        sha256.update(b"follow" + array("i", follow).tobytes())
+    return sha256.hexdigest()
 
 
 def _flops(works: Sequence[Work]) -> float:

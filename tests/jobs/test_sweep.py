@@ -146,6 +146,18 @@ def test_failed_samples_are_rows_and_are_retried_when_asked(fake_cluster, config
     assert "samples failed" not in capsys.readouterr().out
 
 
+def test_agreement_with_dense_is_swept_like_an_answer(fake_cluster, config, write_config, capsys):
+    config |= {"tasks": [{"name": "agreement", "follow_tokens": 8}], "lengths": [340], "samples": 2}
+    assert main(["--config", str(write_config(config))]) == 0
+    compared = [row.agreement or {} for row in read_rows(Path(config["output"])).values()]
+    shares = [sum(rank == 1 for rank in one["rank"]) / 8 for one in compared]
+    assert len(shares) == 6
+    assert all(len(one["kl"]) == 8 for one in compared)
+    printed = capsys.readouterr().out
+    assert f"score so far: dense {100 * sum(shares) / 6:.0f}" in printed, "all fakes answer alike"
+    assert "agreement with dense, per token" in printed
+
+
 def test_a_sweep_in_which_everything_fails_is_a_failure(fake_cluster, config, write_config):
     fake_cluster.setups.append({"script": [EngineError("deadline", "late")] * 24})
     assert main(["--config", str(write_config(config))]) == 1

@@ -256,6 +256,12 @@ def test_the_same_sample_twice_is_refused(quiz):
         quiz(one, replace(one), methods=DENSE)
 
 
+def test_seeds_that_give_the_same_prompts_are_refused(quiz):
+    entries = [sample(i, f"the fox {i}") for i in range(3)]
+    with pytest.raises(ConfigError, match="seeds must give samples of their own, got a prompt of 'quiz'"):
+        quiz(*entries, methods=DENSE, seeds=[0, 1])
+
+
 def test_a_prompt_that_is_longer_than_its_length_says(quiz):
     long = sample(0, "the fox " * 400)
     with pytest.raises(ConfigError, match=r"context of 512 tokens, got \d+ \+ 12 in sample 'q0'"):
