@@ -1,8 +1,12 @@
 """One decode step of several requests: where their ragged caches are, and the step as a CUDA graph.
 
-A step launches 700 kernels of a few microseconds each; launched one by one the host takes three times as long
-as the GPU. A graph is one launch. Nothing in it depends on the requests: what differs from step to step, the
+A step launches 700 kernels of a few microseconds each; launched one by one the host takes twice as long as
+an H200. A graph is one launch. Nothing in it depends on the requests: what differs from step to step, the
 tokens, positions, addresses and lengths, lies in memory that the host fills before each replay.
+
+Captured is the step of a model that has one rank, on a CUDA device. On a CPU there is nothing to capture;
+with several ranks a step holds sums over them that are not ours, and it runs launch by launch: the same
+functions in the same order.
 
 Legend: B requests, S their number rounded up to a power of two, N layers, V vocabulary.
 """

@@ -120,7 +120,6 @@ class SptsModel:
                 field="fingerprint",
             )
         self.layers = [self._layer(index, block) for index, block in enumerate(self._body.layers)]
-        # With several ranks a step holds sums over them that are not ours: it runs op by op.
         graphed = self.device.type == "cuda" and self.collective.world_size == 1
         self._graphs = DecodeGraphs(self._decode, device=self.device) if graphed else None
 
