@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.decoding import room_tokens
 from jobs.provenance import hardware, versions
 from jobs.timing import Contestant
 from spts.cost import ModelShape, ProxyShape
@@ -89,7 +90,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         )
     device = check_device(args.device)
     torch.set_num_threads(args.threads)
-    longest = max(args.lengths) + args.tokens_out
+    longest = max(args.lengths) + max(args.tokens_out, room_tokens(args.batches, args.tokens_out))
     proxies = None
     if args.shape is not None:
         hf_model = random_model(
@@ -159,7 +160,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
     from jobs.engines import connected
     from spts import loading
 
-    for field in ("shape", "channels", "rank", "attention", "backends", "parts"):
+    for field in ("shape", "channels", "rank", "attention", "backends", "parts", "batches"):
         if getattr(args, field):
             raise ConfigError(
                 f"{field} must be left out without --local, got {getattr(args, field)}; add --local",

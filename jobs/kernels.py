@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jobs.arena import machine, named_shape
 from jobs.provenance import versions
@@ -35,7 +36,8 @@ _CALLS = 5  # in a graph
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One operation at one size. arguments: drawn anew at every call. moved_bytes: each input read once, each
-    output written once. others: further ways to the same result, by name.
+    output written once. others: further ways to the same result, by name. plain: stands for the reference
+    where that one asks the host, which a captured call must not.
     """
 
     operation: str
@@ -43,6 +45,7 @@ class Case:
     arguments: Callable[[], tuple[Any, ...]]
     moved_bytes: int
     others: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    plain: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,40 @@ def cases(shape: ModelShape, *, tokens: int, active: int, device: str) -> Iterat
         ),
     )
 
+    for requests in (1, 16):
+        yield _decoding(shape, requests=requests, tokens=tokens, device=device)
+
+
+def _decoding(shape: ModelShape, *, requests: int, tokens: int, device: str) -> Case:
+    """One new token for each of some requests, each with its own cache of `tokens` and the new one."""
+    kv_heads, head_dim = shape.num_kv_heads, shape.head_dim
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float16)
+
+    def arguments() -> tuple[Any, ...]:
+        rows = (tokens + 1, kv_heads, head_dim)
+        held = [(draw(*rows), draw(*rows)) for _ in range(requests)]
+        table = torch.tensor([(keys.data_ptr(), values.data_ptr(), tokens) for keys, values in held])
+        new = [draw(requests, heads, head_dim) for heads in (shape.num_heads, kv_heads, kv_heads)]
+        return (*new, held, table.to(device), head_dim**-0.5)
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor, held: Any, table: Tensor, scale: float) -> Tensor:
+        out = torch.empty_like(q)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            for row, (keys, values) in enumerate(held):
+                keys[tokens], values[tokens] = k[row], v[row]
+                out[row] = reference.causal_attention(q[row : row + 1], keys, values, scale)[0]
+        return out
+
+    return Case(
+        operation="ragged_attention",
+        size=f"B{requests}-L{tokens}-H{shape.num_heads}-K{kv_heads}-d{head_dim}",
+        arguments=arguments,
+        moved_bytes=4 * requests * (tokens + 1) * kv_heads * head_dim,
+        plain=one_by_one,
+    )
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 when a kernel is wrong, 2 for refused input."""
@@ -168,7 +205,7 @@ def measure(case: Case, copied: float, *, repeats: int, compile_too: bool) -> Ro
 
     Raises ArithmeticError for a wrong result.
     """
-    plain, kernel = getattr(reference, case.operation), dispatch.kernel(case.operation)
+    plain, kernel = case.plain or getattr(reference, case.operation), dispatch.kernel(case.operation)
     eager_s = timed(plain, case.arguments(), repeats)
     compiled_s = None
     if compile_too:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cluster.protocol import EngineError
 from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
+from jobs.decoding import DecodeRow, decode_rows, decode_table, room_tokens
 from jobs.options import describe_schedule, write_json
 from jobs.provenance import versions
 from jobs.timing import Case, Part, Row, measure, parts_table, plan, table, work_faults
@@ -61,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
         help="attention backends of torch to time dense with, beside the one torch chooses, with --local",
     )  # fmt: skip
     args.add_argument("--parts", action="store_true", help="where the time goes, with --local")
+    args.add_argument(
+        "--batches", type=int, nargs="+", default=[], help="requests to decode at once as well, with --local"
+    )
     args.add_argument("--out", type=Path, help="a file to write the JSON to as well")
     args.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, on an engine")
     return args
@@ -71,11 +75,12 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
 
     Raises ConfigError and RequestError before anything runs, GateError before anything is timed.
     """
+    room = max(args.tokens_out, room_tokens(args.batches, args.tokens_out))
     for length in args.lengths:
-        if length + args.tokens_out > arena.max_context:
+        if length + room > arena.max_context:
             raise ConfigError(
-                f"lengths must leave room for {args.tokens_out} tokens in the context of "
-                f"{arena.max_context}, got {length}; use at most {arena.max_context - args.tokens_out}",
+                f"lengths must leave room for {room} tokens in the context of "
+                f"{arena.max_context}, got {length}; use at most {arena.max_context - room}",
                 field="lengths",
             )
     cases = [
@@ -96,20 +101,26 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
         print(*(f"           {line}" for line in case.predictions()), sep="\n", flush=True)
     rows: list[Row] = []
     parts: list[Part] = []
+    decoded: list[DecodeRow] = []
     for case in cases:
         rows += _race_one(args, arena, case)
         if args.parts:
             parts += _break_down(args, arena, case)
+        if args.batches:
+            decoded += _decode(args, arena, case)
         report = {
             **arena.about,
             "versions": versions(),
             "rows": [asdict(row) for row in rows],
             "parts": [asdict(part) for part in parts],
+            "decode": [asdict(row) for row in decoded],
         }
         if args.out is not None:  # after every length: a later one may not fit
             write_json(args.out, report)
     for case in cases if parts else ():
         print("", parts_table([part for part in parts if part.length_tokens == case.length]), sep="\n")
+    if decoded:
+        print("", decode_table(decoded), sep="\n")
     print("", table(rows), "", sep="\n")
     print(json.dumps(report))
     return rows
@@ -134,6 +145,12 @@ def _break_down(args: argparse.Namespace, arena: Arena, case: Case) -> list[Part
             arena.local.prefill(prompt, method)
         parts += clock.parts(name, case.length, case.schedule)
     return parts
+
+
+def _decode(args: argparse.Namespace, arena: Arena, case: Case) -> list[DecodeRow]:
+    assert arena.local is not None, "engine_arena refuses --batches"
+    prompt, _ = _prompt(args, arena, case)
+    return decode_rows(arena.local, case, prompt, batches=args.batches, steps=args.tokens_out)
 
 
 def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
@@ -177,8 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for field, minimum in (("repeats", 1), ("tokens_out", 1), ("threads", 1)):
             require_int(field, getattr(args, field), minimum=minimum)
-        for length in args.lengths:
-            require_int("lengths", length, minimum=1)
+        for field in ("lengths", "batches"):
+            for number in getattr(args, field):
+                require_int(field, number, minimum=1)
         for field in ("model", "proxies"):
             if args.shape is not None and getattr(args, field) is not None:
                 raise ConfigError(

@@ -7,6 +7,7 @@ key/value heads on this rank, d head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,16 +57,11 @@ class LayerCache:
 
         Raises ValueError when they do not fit into the room asked for at prefill.
         """
-        assert self._keys_CKd is not None, "prefill comes before decode"
-        assert self._values_CKd is not None
+        keys_CKd, values_CKd = self.buffers
         num_tokens = self.num_tokens + k_MKd.shape[0]
-        if num_tokens > self._keys_CKd.shape[0]:
-            raise ValueError(
-                f"max_new_tokens must cover every decoded token, got {self.room_tokens} and "
-                f"{num_tokens - self.num_prompt_tokens} tokens; ask for more room at prefill"
-            )
-        self._keys_CKd[self.num_tokens : num_tokens] = k_MKd
-        self._values_CKd[self.num_tokens : num_tokens] = v_MKd
+        _check_room(num_tokens - self.num_prompt_tokens, self.room_tokens)
+        keys_CKd[self.num_tokens : num_tokens] = k_MKd
+        values_CKd[self.num_tokens : num_tokens] = v_MKd
         self.num_tokens = num_tokens
         return self.rows()
 
@@ -77,9 +73,15 @@ class LayerCache:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Keys and values stored so far, [L, K, d] each, as views."""
+        keys_CKd, values_CKd = self.buffers
+        return keys_CKd[: self.num_tokens], values_CKd[: self.num_tokens]
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with room for tokens to come, [C, K, d] each; contiguous where there is room."""
         assert self._keys_CKd is not None, "nothing is stored yet"
         assert self._values_CKd is not None
-        return self._keys_CKd[: self.num_tokens], self._values_CKd[: self.num_tokens]
+        return self._keys_CKd, self._values_CKd
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -120,6 +122,7 @@ class RaggedCache:
             for layer in range(num_layers)
         ]
         self.prompt_tokens = prompt_tokens
+        self.room_tokens = room_tokens
         self.next_position = prompt_tokens
 
     def positions(self, layer: int) -> Tensor:
@@ -129,6 +132,35 @@ class RaggedCache:
         num_new = held.num_tokens - held.num_prompt_tokens
         new = torch.arange(num_new, device=held.prompt_positions_P.device) + self.prompt_tokens
         return torch.cat((held.prompt_positions_P, new))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """What a decode step has to know, int64 [1 + N, 3] on the host: twice 0 and the prompt's length, then
+        for each of N layers the addresses of its keys and of its values and the prompt tokens it keeps.
+
+        The last column plus `new_tokens` is the next position, and the tokens each layer holds. First asked
+        for after prefill; nothing in it changes afterwards.
+        """
+        rows = [(0, 0, self.prompt_tokens)]
+        for layer in self.layers:
+            keys_CKd, values_CKd = layer.buffers
+            rows.append((keys_CKd.data_ptr(), values_CKd.data_ptr(), layer.num_prompt_tokens))
+        return torch.tensor(rows, dtype=torch.int64)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens appended since prefill, in every layer."""
+        return self.next_position - self.prompt_tokens
+
+    def check_room(self) -> None:
+        """Raises ValueError when there is no room for another token."""
+        _check_room(self.new_tokens + 1, self.room_tokens)
+
+    def claim(self) -> None:
+        """Counts a token that the caller is about to write behind those held, in every layer."""
+        for layer in self.layers:
+            layer.num_tokens += 1
+        self.next_position += 1
 
     @property
     def kv_tokens(self) -> int:
@@ -144,3 +176,11 @@ class RaggedCache:
     def allocated_bytes(self) -> int:
         """Bytes of keys and values allocated on this rank, all layers, room for new tokens included."""
         return sum(layer.allocated_bytes for layer in self.layers)
+
+
+def _check_room(new_tokens: int, room_tokens: int) -> None:
+    if new_tokens > room_tokens:
+        raise ValueError(
+            f"max_new_tokens must cover every decoded token, got {room_tokens} and {new_tokens} tokens; "
+            "ask for more room at prefill"
+        )

@@ -162,19 +162,28 @@ class DecoderLayer:
         stream.x_TD.add_(self.feed_forward(y_TD))
         return y_TD
 
-    def decode(self, x_BD: Tensor, cos_Bd: Tensor, sin_Bd: Tensor, caches: Sequence[LayerCache]) -> Tensor:
+    def decode(
+        self,
+        x_BD: Tensor,
+        cos_Bd: Tensor,
+        sin_Bd: Tensor,
+        held: Sequence[tuple[Tensor, Tensor]],
+        table_B3: Tensor,
+    ) -> Tensor:
         """Runs the layer on one new token of each request and returns `x_BD`, changed in place.
 
-        The linears run once for the batch; the attention of each request reads its own cache of this layer,
-        the new token included.
+        The linears run once for the batch; the attention of each request reads its own cache of this layer
+        and stores the new token there. `held` and `table_B3` say where: see `kernels.reference`.
         """
         h_BD = _normed(self.block.input_layernorm, x_BD)
-        q_BHd = self.queries(h_BD, cos_Bd, sin_Bd)
-        k_BKd, v_BKd = self.keys(h_BD, cos_Bd, sin_Bd), self.values(h_BD)
-        out_BHd = torch.empty_like(q_BHd)
-        for row, cache in enumerate(caches):
-            k_LKd, v_LKd = cache.append(k_BKd[row : row + 1], v_BKd[row : row + 1])
-            out_BHd[row] = ops.single_query_attention(q_BHd[row], k_LKd, v_LKd, self.scale)
+        out_BHd = ops.ragged_attention(
+            self.queries(h_BD, cos_Bd, sin_Bd),
+            self.keys(h_BD, cos_Bd, sin_Bd),
+            self.values(h_BD),
+            held,
+            table_B3,
+            self.scale,
+        )
         x_BD.add_(self.block.self_attn.o_proj(out_BHd.flatten(1)))
         return x_BD.add_(self.feed_forward(_normed(self.block.post_attention_layernorm, x_BD)))
 

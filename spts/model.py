@@ -17,6 +17,7 @@ from spts.architectures import check_config, max_context
 from spts.cache import LayerCache, RaggedCache
 from spts.collective import Collective, Local
 from spts.cost import ModelShape
+from spts.decode import Batch, DecodeGraphs, Held
 from spts.errors import ModelError, ProxyError, RequestError
 from spts.layer import DecoderLayer, Stream
 from spts.methods import Method
@@ -89,6 +90,8 @@ class SptsModel:
             fingerprint=fingerprint,
             stream=self._stream,
         )
+        graphed = self.device.type == "cuda" and self.collective.world_size == 1
+        self._graphs = DecodeGraphs(self._decode, device=self.device) if graphed else None
 
     def _layer(self, index: int, block: Any) -> DecoderLayer:
         head_dim, ranks = self.shape.head_dim, self.collective.world_size
@@ -194,14 +197,17 @@ class SptsModel:
         """
         if len({id(cache) for cache in caches}) != len(caches):
             raise ValueError("caches must be one per request, got one twice; prefill each request by itself")
-        ids_B = token_ids.to(self.device)
-        positions_B = torch.tensor([cache.next_position for cache in caches], device=self.device)
+        batch = Batch.claim(caches)
+        if self._graphs is not None:
+            return self._graphs.run(token_ids, batch)
+        return self._decode(token_ids.to(self.device), batch.table.to(self.device), batch.held())
+
+    def _decode(self, ids_B: Tensor, table: Tensor, held: Sequence[Held]) -> Tensor:
+        """One token of each request through all layers; the logits. `table` as in `decode.Batch`."""
         x_BD = self._body.embed_tokens(ids_B)
-        cos_Bd, sin_Bd = self._rotation(x_BD, positions_B)
+        cos_Bd, sin_Bd = self._rotation(x_BD, table[0, :, 2])
         for layer in self.layers:
-            x_BD = layer.decode(x_BD, cos_Bd, sin_Bd, [cache.layers[layer.index] for cache in caches])
-        for cache in caches:
-            cache.next_position += 1
+            x_BD = layer.decode(x_BD, cos_Bd, sin_Bd, held[layer.index], table[1 + layer.index])
         return self.logits(x_BD)
 
     @torch.inference_mode()

@@ -48,7 +48,7 @@ top_rows = _by_device(reference.top_rows)
 add_rows_in_place = _by_device(reference.add_rows_in_place)
 gated_product = _by_device(reference.gated_product)
 causal_attention = _by_device(reference.causal_attention)
-single_query_attention = _by_device(reference.single_query_attention)
+ragged_attention = _by_device(reference.ragged_attention)
 
 last_query_probe = reference.last_query_probe
 last_queries_probe = reference.last_queries_probe

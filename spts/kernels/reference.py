@@ -1,12 +1,13 @@
 """Every operation of a layer in plain torch: what a kernel must equal, and what runs where there is none.
 
 Legend: T candidates, M active, Q probing queries, D width, H query heads on this rank, K key/value heads on
-this rank, d head size, F FFN inner size, C channels kept by a proxy, r its rank, L tokens in a cache.
+this rank, d head size, F FFN inner size, C channels kept by a proxy (or rows of a cache), r its rank, B
+requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -165,6 +166,28 @@ def _attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, **mask
     return out_1HMd.squeeze(0).transpose(0, 1)
 
 
-def single_query_attention(q_Hd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
-    """Attention of one query on everything cached, [H, d]; query head h reads key head h // (H // K)."""
-    return _attention(q_Hd.unsqueeze(0), k_LKd, v_LKd, scale)[0]
+def ragged_attention(
+    q_BHd: Tensor,
+    k_BKd: Tensor,
+    v_BKd: Tensor,
+    held: Sequence[tuple[Tensor, Tensor]],
+    table_B3: Tensor,
+    scale: float,
+) -> Tensor:
+    """Appends a token to each of B caches and returns its attention on everything there, [B, H, d].
+
+    held: keys and values of each cache, [C, K, d], contiguous, C at least the tokens held and one. table_B3:
+    int64; of each request the addresses of its keys and of its values, multiples of 16, and the tokens held
+    before this one. A row that holds -1 is no request: nothing is read or written for it, its attention is 0;
+    such rows come last and have no entry in `held`. Query head h reads key head h // (H // K).
+
+    Example: d = 1, keys [[0], [free]], values [[1], [free]], one token held, query [1], new key [ln 3] and
+    value [5], scale 1: the weights are 0.25 and 0.75, the attention 4, and the free rows hold ln 3 and 5.
+    """
+    out_BHd = torch.zeros_like(q_BHd)
+    for row, (keys_CKd, values_CKd) in enumerate(held):
+        last = int(table_B3[row, 2])
+        keys_CKd[last], values_CKd[last] = k_BKd[row], v_BKd[row]
+        stop = last + 1
+        out_BHd[row] = _attention(q_BHd[row : row + 1], keys_CKd[:stop], values_CKd[:stop], scale)[0]
+    return out_BHd

@@ -112,6 +112,24 @@ def test_backends_are_rivals_that_answer_alike(capsys):
     assert "backends must be ones that torch has" in capsys.readouterr().err
 
 
+def test_batches_are_decoded_over_caches_of_their_own(capsys):
+    args = ("--shape", "tiny", "--lengths", "50", "--batches", "1", "3")
+    assert run_local(*args) == 0
+    printed = capsys.readouterr().out
+    rows = last_line(printed)["decode"]
+    assert [(row["method"], row["batch"]) for row in rows] == [
+        (method, batch) for method in ("dense", "spts") for batch in (1, 3)
+    ]
+    for row in rows:
+        assert row["step_min_s"] <= row["step_median_s"] <= row["step_max_s"]
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_median_s"])
+        assert (row["length_tokens"], row["steps"]) == (50, 3)
+    # Decoding the smaller batch has lengthened the first of its caches by 3 steps and 3 to warm up.
+    token_bytes = 8 * 2 * 2 * 8 * 4
+    assert [row["kv_bytes"] for row in rows[:2]] == [50 * token_bytes, (3 * 50 + 6) * token_bytes]
+    assert "tokens/s" in printed
+
+
 def test_model_folder_uses_its_fitted_proxies(folder, capsys):
     assert run_local("--model", str(folder), "--lengths", "100") == 0
     about = last_line(capsys.readouterr().out)
@@ -133,6 +151,7 @@ def test_one_token_out_has_no_time_per_token(capsys):
         (["--shape", "tiny", "--methods", "dense"], "methods must be of pap, pap+ltp, spts, random, recency"),
         (["--shape", "tiny", "--schedule", "no-such"], "schedule must be one of"),
         (["--shape", "tiny", "--repeats", "0"], "repeats must be an integer of at least 1"),
+        (["--shape", "tiny", "--batches", "0"], "batches must be an integer of at least 1, got 0"),
         (["--shape", "tiny", "--lengths", "0"], "lengths must be an integer of at least 1"),
         (["--shape", "tiny", "--device", "nowhere"], "device must be there"),
         (["--shape", "tiny", "--attention", "no-such"], "attention must be a backend that works here"),
@@ -274,7 +293,14 @@ def test_local_needs_neither_ray_nor_deepspeed_nor_pydantic(folder):
 
 @pytest.mark.parametrize(
     "option",
-    [("--shape", "tiny"), ("--rank", "8"), ("--attention", "eager"), ("--backends", "math"), ("--parts",)],
+    [
+        ("--shape", "tiny"),
+        ("--rank", "8"),
+        ("--attention", "eager"),
+        ("--backends", "math"),
+        ("--parts",),
+        ("--batches", "2"),
+    ],
 )
 def test_options_of_the_local_race_need_local(option, capsys):
     assert latency.main([*option, "--lengths", "10"]) == 2

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from spts.kernels.add_rows_in_place import _add_rows
 from spts.kernels.gated_product import _gated_product
+from spts.kernels.ragged_attention import _add_splits, _ragged_attention
 from spts.kernels.rms_norm import _rms_norm
 from spts.kernels.rotate_in_place import _rotate
 from spts.kernels.top_rows import _top_rows
@@ -34,6 +35,12 @@ LAUNCHES: list[tuple[Any, list[Any], dict[str, int]]] = [
     (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
     (_gated_product, [HALF, HALF, "i32", "i32", "i32", "i32", 2048], {"num_warps": 8}),
     (_add_rows, [HALF, INDEX, HALF, "i32", "i32", "i32", 4096], {"num_warps": 8}),
+    (
+        _ragged_attention,
+        [HALF, HALF, HALF, INDEX, FLOAT, FLOAT, FLOAT, "fp32", *["i32"] * 7, 16, 16, 128, 64],
+        {"num_warps": 4, "num_stages": 3},
+    ),
+    (_add_splits, [FLOAT, FLOAT, FLOAT, HALF, "i32", "i32", 64, 128], {"num_warps": 4}),
     (_top_rows, [FLOAT, INDEX, BYTE, "i32", "i32", "i32", 8192], {"num_warps": 16}),
 ]
 

@@ -72,3 +72,46 @@ def test_a_gpu_chooses_as_the_cpu_where_rounding_has_no_say(models):
             assert torch.equal(a.attention_tokens, b.attention_tokens)
             assert torch.equal(a.ffn_tokens, b.ffn_tokens)
         torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-3)
+
+
+def test_graphs_answer_as_the_cpu_whoever_is_in_the_batch(models):
+    """Requests of different lengths and methods, in and out of the batch; each size is captured once."""
+    requests: list[tuple[list[int], Method]] = [
+        (prompt(300), Recency(schedule=SCHEDULE)),
+        (prompt(3), Dense()),
+        (prompt(700), Dense()),
+        (prompt(200), Recency(schedule=SCHEDULE)),
+        (prompt(64), Dense()),
+    ]
+    here, there = models
+    theirs, ours = (
+        [model.prefill(ids, method, max_new_tokens=12).cache for ids, method in requests] for model in models
+    )
+    answers = []
+    for chosen in ([0, 1, 2], [4, 3, 2, 1, 0], [2, 0], [3], [1, 4], [0, 1, 2, 3], [4], [3, 4, 0, 1, 2]):
+        token_ids = torch.tensor(prompt(len(chosen)))
+        expected = here.decode_step(token_ids, [theirs[i] for i in chosen])
+        answers.append((there.decode_step(token_ids, [ours[i] for i in chosen]), expected))
+    for found, expected in answers:  # after the last step: an answer outlives those that follow
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert there._graphs is not None and sorted(there._graphs._sizes) == [1, 2, 4, 8]
+
+
+def test_greedy_answers_are_the_cpus(models):
+    token_ids = prompt(300)
+    expected, found = (
+        model.generate(token_ids, Recency(schedule=SCHEDULE), 40).token_ids for model in models
+    )
+    assert found == expected
+
+
+def test_a_captured_step_does_not_wait_for_the_host(models):
+    _, there = models
+    cache = there.prefill(prompt(300), Dense(), max_new_tokens=4).cache
+    token_ids = torch.tensor([5])
+    there.decode_step(token_ids, [cache])  # captured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there.decode_step(token_ids, [cache])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -25,7 +25,7 @@ KERNELS = (
     "add_rows_in_place",
     "gated_product",
     "causal_attention",
-    "single_query_attention",
+    "ragged_attention",
 )
 # Relative error by dtype, ‖out - exact‖ / ‖exact‖: the one table for all kernels.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -214,13 +214,101 @@ def test_causal_attention_meets_few_lengths(monkeypatch):
     assert seen == {(256, 256, 256), (512, 512, 512)}
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 500])
-def test_single_query_attention(tokens):
-    q_Hd, k_LKd, v_LKd = draw(6, 16), draw(tokens, 2, 16), draw(tokens, 2, 16)
-    keys_LHd, values_LHd = (each.double().repeat_interleave(3, dim=1) for each in (k_LKd, v_LKd))
-    weights_HL = torch.einsum("hd,lhd->hl", q_Hd.double(), keys_LHd).mul(0.3).softmax(-1)
-    out_Hd = dispatch.kernel("single_query_attention")(q_Hd, k_LKd, v_LKd, 0.3)
-    close(out_Hd, torch.einsum("hl,lhd->hd", weights_HL, values_LHd), torch.float32)
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+PRODUCTS = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16], ids=["fp32", "half"]
+)
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four splits: the interpreter runs programs one by one."""
+    for name in ("_PROGRAMS", "_FEWEST"):
+        monkeypatch.setattr(f"spts.kernels.ragged_attention.{name}", 4)
+
+
+def caches(lengths: list[int], num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
+    """Caches that hold so many tokens, with room for two more that nobody wrote yet; and their table."""
+    held, table = [], []
+    for length in lengths:
+        rows = tuple(torch.full((length + 2, num_kv_heads, head_dim), math.nan, dtype=dtype) for _ in "kv")
+        keys_CKd, values_CKd = (each.to(DEVICE) for each in rows)
+        keys_CKd[:length] = draw(length, num_kv_heads, head_dim, dtype=dtype)
+        values_CKd[:length] = draw(length, num_kv_heads, head_dim, dtype=dtype)
+        held.append((keys_CKd, values_CKd))
+        table.append((keys_CKd.data_ptr(), values_CKd.data_ptr(), length))
+    return held, torch.tensor(table, device=DEVICE)
+
+
+def exact_attention(q_Hd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
+    group = q_Hd.shape[0] // k_LKd.shape[1]
+    keys_LHd, values_LHd = (each.double().repeat_interleave(group, dim=1) for each in (k_LKd, v_LKd))
+    weights_HL = torch.einsum("hd,lhd->hl", q_Hd.double(), keys_LHd).mul(scale).softmax(-1)
+    return torch.einsum("hl,lhd->hd", weights_HL, values_LHd)
+
+
+@PRODUCTS
+@pytest.mark.parametrize(
+    ("lengths", "heads", "head_dim"),
+    [([0], (1, 1), 16), ([1, 700, 63, 0, 256], (6, 2), 16), ([500, 129], (7, 1), 80), ([64], (8, 8), 128)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["kernel", "reference"])
+def test_ragged_attention_appends_and_attends_over_each_requests_own_tokens(
+    few_programs, name, lengths, heads, head_dim, dtype
+):
+    num_heads, num_kv_heads = heads
+    held, table_B3 = caches(lengths, num_kv_heads, head_dim, dtype)
+    before = [(keys.clone(), values.clone()) for keys, values in held]
+    q_BHd = draw(len(lengths), num_heads, head_dim, dtype=dtype)
+    k_BKd, v_BKd = (draw(len(lengths), num_kv_heads, head_dim, dtype=dtype) for _ in "kv")
+    operation = dispatch.kernel("ragged_attention") if name == "kernel" else reference.ragged_attention
+    out_BHd = operation(q_BHd, k_BKd, v_BKd, held, table_B3, 0.3)
+    for row, length in enumerate(lengths):
+        for new, old, added in zip(held[row], before[row], (k_BKd[row], v_BKd[row]), strict=True):
+            assert torch.equal(new[:length], old[:length])
+            assert torch.equal(new[length], added)
+            assert bool(new[length + 1].isnan().all()), "the rest of the room is left alone"
+        keys_LKd, values_LKd = (each[: length + 1] for each in held[row])
+        close(out_BHd[row], exact_attention(q_BHd[row], keys_LKd, values_LKd, 0.3), dtype)
+
+
+@pytest.mark.parametrize("name", ["kernel", "reference"])
+def test_rows_that_are_no_request_change_nothing(few_programs, name):
+    held, table_B3 = caches([40, 3], 2, 16, torch.float32)
+    q_BHd, k_BKd, v_BKd = draw(4, 4, 16), draw(4, 2, 16), draw(4, 2, 16)
+    nobody = torch.tensor([[0, 0, -1]] * 2, device=DEVICE)
+    operation = dispatch.kernel("ragged_attention") if name == "kernel" else reference.ragged_attention
+    out_BHd = operation(q_BHd, k_BKd, v_BKd, held, torch.cat((table_B3, nobody)), 0.3)
+    expected = reference.ragged_attention(q_BHd[:2], k_BKd[:2], v_BKd[:2], held, table_B3, 0.3)
+    torch.testing.assert_close(out_BHd[:2], expected)
+    assert not out_BHd[2:].any()
+
+
+@pytest.mark.parametrize("name", ["kernel", "reference"])
+def test_ragged_attention_worked_example(few_programs, name):
+    keys, values = torch.tensor([[[0.0]], [[9.0]]]), torch.tensor([[[1.0]], [[9.0]]])
+    keys, values = keys.to(DEVICE), values.to(DEVICE)
+    table_B3 = torch.tensor([[keys.data_ptr(), values.data_ptr(), 1]], device=DEVICE)
+    query, key, value = (torch.full((1, 1, 1), number, device=DEVICE) for number in (1.0, math.log(3), 5.0))
+    operation = dispatch.kernel("ragged_attention") if name == "kernel" else reference.ragged_attention
+    out_BHd = operation(query, key, value, [(keys, values)], table_B3, 1.0)
+    torch.testing.assert_close(out_BHd.cpu(), torch.tensor([[[4.0]]]))
+    torch.testing.assert_close(keys.flatten().cpu(), torch.tensor([0.0, math.log(3)]))
+    torch.testing.assert_close(values.flatten().cpu(), torch.tensor([1.0, 5.0]))
+
+
+@pytest.mark.parametrize("where", ["cache", "query"])
+def test_ragged_attention_passes_nan_on_to_that_request_alone(few_programs, where):
+    held, table_B3 = caches([300, 300], 1, 16, torch.float32)
+    q_BHd, k_BKd, v_BKd = draw(2, 2, 16), draw(2, 1, 16), draw(2, 1, 16)
+    if where == "cache":
+        held[0][0][200] = math.nan
+    else:
+        q_BHd[0] = math.nan
+    out_BHd = dispatch.kernel("ragged_attention")(q_BHd, k_BKd, v_BKd, held, table_B3, 0.3)
+    assert bool(out_BHd[0].isnan().all())
+    assert bool(out_BHd[1].isfinite().all())
 
 
 def norm_call(**other: Any) -> Any:
@@ -262,6 +350,18 @@ REFUSED = {
         "num_recent, num_kept and the candidates must ascend from 1 .* got 1, 4 and 3",
     ),
     "no candidates": (lambda: dispatch.kernel("top_rows")(draw(0), 0, 0, flag()), "must ascend from 1"),
+    "table": (
+        lambda: dispatch.kernel("ragged_attention")(
+            draw(2, 4, 8), draw(2, 2, 8), draw(2, 2, 8), [], torch.zeros(2, 3, device=DEVICE), 1.0
+        ),
+        "table_B3 must be of torch.int64, got torch.float32",
+    ),
+    "grouped heads": (
+        lambda: dispatch.kernel("ragged_attention")(
+            draw(1, 5, 8), draw(1, 2, 8), draw(1, 2, 8), [], torch.zeros(1, 3).long().to(DEVICE), 1.0
+        ),
+        "q_BHd must have a multiple of k_BKd's 2 heads, got 5",
+    ),
     "half scores": (
         lambda: dispatch.kernel("top_rows")(draw(3).bfloat16(), 1, 1, flag()),
         "scores_T must be of torch.float32, got torch.bfloat16",
