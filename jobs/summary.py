@@ -208,7 +208,7 @@ def _families(
         for key, tasks in members.items()
     }
     paired = {key: columns for key, columns in differences.items() if columns}
-    found = iter(means_of_means([*scores, *paired.values()]))  # all at once: rows share their draws
+    found = iter(means_of_means([*scores, *paired.values()]))  # all at once, as above
     means = [next(found) for _ in members]
     deltas = {key: next(found) for key in paired}
     return {
