@@ -286,7 +286,7 @@ def test_samples_that_ask_the_same_have_one_name(name, draw):
         assert len({sample.id for sample in samples[:3]}) == 3
         for short, long in zip(samples[:3], samples[3:], strict=True):
             assert short.id == long.id
-            if name not in ("cwe", "fwe"):  # their words grow in number with the length
+            if name not in ("cwe", "fwe", "niah_multikey_2", "niah_multikey_3"):  # more words, more needles
                 assert short.references == long.references
     names = [{sample.id for sample in samples} for samples in by_seed.values()]
     if name in ("qa_1", "qa_2"):
