@@ -397,6 +397,22 @@ def test_samples_that_follow_tokens_score_by_rank(tmp_path, monkeypatch):
     assert "agreement with dense" in out.getvalue()
 
 
+def test_samples_that_follow_tokens_have_no_times(tmp_path):
+    """Dense runs beside them, for every method: neither these times nor their ratios are the method's."""
+    write_results(tmp_path, methods=("dense", "spts"), tasks=("single", "twohop"), lengths=(1024,), count=6,
+                  follows=("single",))  # fmt: skip
+    (model,) = load(tmp_path).models
+    followed, answered = model.by_task["spts", "single"].costs, model.by_task["spts", "twohop"].costs
+    for name in ("ttft_s", "tpot_s", "total_s", "speedup", "e2e_speedup", "equal_speedup"):
+        assert getattr(followed, name) is None, name
+        assert getattr(answered, name) > 0, name
+        assert getattr(model.overall["spts"].costs, name) == getattr(answered, name), name
+    assert followed.peak_memory_bytes is None
+    assert followed.flop_share == pytest.approx(0.44)
+    assert followed.rank_mean is not None
+    write_report(tmp_path)
+
+
 def test_parquet_holds_the_rows_and_the_lines(small):
     samples = pyarrow.parquet.read_table(small / "samples.parquet")
     rows = read_rows(small)
