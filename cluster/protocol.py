@@ -143,8 +143,11 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank
-    0."""
+    """What an engine runs, and on what; versions, attention and accelerator are rank 0's.
+
+    max_context: prompt plus new tokens. versions: package name -> version. attention: what computes it.
+    accelerator: name of the device, None = the CPU.
+    """
 
     model_name: str
     fingerprint: str
@@ -157,6 +160,8 @@ class EngineInfo:
     world_size: int
     versions: dict[str, str]
     has_proxies: bool
+    attention: str
+    accelerator: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,6 +172,10 @@ class Shard:
             )
 
     def _info(self, model_name: str) -> EngineInfo:
+        import torch
+
+        from spts.kernels.reference import ATTENTION
+
         model = self._loaded
         packages = ("torch", "deepspeed", "transformers", "ray")
         return EngineInfo(
@@ -186,6 +190,8 @@ class Shard:
             world_size=self._world_size,
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
             has_proxies=model.proxies is not None,
+            attention=ATTENTION,
+            accelerator=torch.cuda.get_device_name() if self._config.device == "cuda" else None,
         )
 
     @property

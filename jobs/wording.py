@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jobs.stats import Estimate
 from jobs.summary import SIGNIFICANT, Line, ModelSummary, Results
@@ -167,8 +168,12 @@ def warnings(results: Results) -> list[str]:
         found.append(f"{number} sample{'s' if number > 1 else ''} failed and counted as a score of 0.")
     used = {one.row.run for model in results.models for one in model.scored}
     starts = [start for start in results.starts if start.get("run") in used]
-    for key, what in (("code", "code"), ("versions", "package versions"), ("hardware", "hardware")):
-        if len({repr(start.get(key)) for start in starts}) > 1:
+    for what, recorded in (
+        ("code", [start.get("code") for start in starts]),
+        ("package versions", [(start.get("versions"), _engine(start, "versions")) for start in starts]),
+        ("hardware", [(start.get("hardware"), _engine(start, "accelerator")) for start in starts]),
+    ):
+        if len(set(map(repr, recorded))) > 1:
             found.append(
                 f"The rows come from {len(starts)} starts with different {what}; see the provenance."
             )
@@ -183,6 +188,10 @@ def warnings(results: Results) -> list[str]:
     for model in results.models:
         found += _of_model(model)
     return found
+
+
+def _engine(start: Mapping[str, Any], key: str) -> Any:
+    return (start.get("engine") or {}).get(key)
 
 
 def _of_model(model: ModelSummary) -> Iterator[str]:

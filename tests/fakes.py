@@ -51,6 +51,8 @@ def info(config: EngineConfig) -> EngineInfo:
         world_size=config.tensor_parallel_size,
         versions={},
         has_proxies=True,
+        attention="none",
+        accelerator="fake accelerator" if config.device == "cuda" else None,
     )
 
 

@@ -122,6 +122,7 @@ def write_results(
         commit="0" * 40,
     )
     engine = {"model_name": "demo_model", "device": "cpu", "dtype": dtype, "world_size": 1}
+    engine |= {"attention": "made-up attention", "accelerator": None, "versions": {}}
     end = {
         "wall_s": 100.0,
         "samples_per_s": 12.8,

@@ -15,9 +15,10 @@ import pyarrow.parquet
 import pytest
 from rich.console import Console
 
-from jobs import palette, plots, report, wording
+from jobs import palette, plots, provenance, report, wording
 from jobs.columns import LINE_FIELDS, SAMPLE_FIELDS
 from jobs.drilldown import drilldown
+from jobs.facts import facts
 from jobs.record import read_plan, read_rows
 from jobs.report import write_report
 from jobs.stats import holm, mean_interval, paired_difference
@@ -527,8 +528,25 @@ def test_of_too_many_samples_the_most_telling_are_shown(small):
 def test_provenance_is_told(small):
     text = Page((small / "report.html").read_text(encoding="utf-8")).text
     for part in ("weights ffffffffffffffffffff", "dtype float32", "1 prompt(s) in flight in each", "97 %",
-                 "12.8 samples/s", "haystack", "seeds 0", "cpu, 1 rank(s) an engine"):  # fmt: skip
+                 "12.8 samples/s", "haystack", "seeds 0", "cpu, 1 rank(s) an engine",
+                 "made-up attention"):  # fmt: skip
         assert part in text.replace("\N{NO-BREAK SPACE}", " "), part
+
+
+def test_provenance_tells_of_every_start_that_has_rows(fresh):
+    rows = fresh / "rows" / "engine-0.jsonl"
+    head, tail = rows.read_text().split("\n", 1)
+    rows.write_text(head.replace('"run": "r0"', '"run": "r1"') + "\n" + tail)
+    (start,) = provenance.read(fresh)
+    engine = {**start["engine"], "device": "cuda", "accelerator": "a large accelerator"}
+    versions = {**start["versions"], "torch": "0.0.1"}
+    provenance.append(fresh, {**start, "run": "r1", "engine": engine, "versions": versions})
+    told = dict(facts(load(fresh)))
+    first, second = told["versions"].split("; ")
+    assert f"torch {start['versions']['torch']}" in first
+    assert "torch 0.0.1" in second
+    assert told["device"] == "cpu, 1 rank(s) an engine; a large accelerator, 1 rank(s) an engine"
+    assert "different hardware" in " ".join(wording.warnings(load(fresh)))
 
 
 def test_predicted_time_is_dense_time_by_flop_share(small):
