@@ -16,7 +16,11 @@ Facts = list[tuple[str, str]]
 def facts(results: Results) -> Facts:
     """(name, value) of all that is the same for the whole folder, or listed where it is not."""
     starts = _used(results)
-    return [(name, value) for name, value in (*_code(starts), *_what(results), *_how(starts)) if value]
+    return [
+        (name, value)
+        for name, value in (*_code(starts, results.scored_by), *_what(results), *_how(starts))
+        if value
+    ]
 
 
 def starts_table(results: Results) -> list[list[str]]:
@@ -65,18 +69,17 @@ def _used(results: Results) -> list[dict[str, Any]]:
     return [start for start in results.starts if start.get("run") in used] or results.starts
 
 
-def _code(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _code(starts: Sequence[Mapping[str, Any]], scored_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "command", _join(shlex.join(start.get("command", [])) for start in starts)
-    yield (
-        "code",
-        _join(
-            f"{commit(start)}{' (files differ from it)' if commit(start).endswith('-dirty') else ''}, "
-            f"sources {_get(start, 'code', 'sha256')}"
-            for start in starts
-        ),
-    )
+    yield "code", _join(map(_source, starts))
     yield "hardware", _join(_hardware(start.get("hardware") or {}) for start in starts)
-    yield "versions", _join(_versions(start) for start in starts)
+    yield "versions", _join(map(_versions, starts))
+    yield "scored by", f"{_source(scored_by)}, with {_versions(scored_by)}"
+
+
+def _source(start: Mapping[str, Any]) -> str:
+    differs = " (files differ from it)" if commit(start).endswith("-dirty") else ""
+    return f"{commit(start)}{differs}, sources {_get(start, 'code', 'sha256')}"
 
 
 def _versions(start: Mapping[str, Any]) -> str:

@@ -90,11 +90,12 @@ class ModelSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A results folder, read and scored."""
+    """A results folder, read and scored. scored_by: the code and packages of this process."""
 
     folder: Path
     plan: Plan
     starts: list[dict[str, Any]]
+    scored_by: Mapping[str, Any]
     models: tuple[ModelSummary, ...]
     planned: int
     done: int
@@ -117,6 +118,7 @@ def load(folder: Path) -> Results:
         folder=folder,
         plan=plan,
         starts=provenance.read(folder),
+        scored_by=provenance.software(),
         models=tuple(summarise(model, plan.cells, scored) for model in models),
         planned=len(plan.samples),
         done=len(scored),

@@ -9,6 +9,8 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
@@ -545,6 +547,13 @@ def test_provenance_tells_of_every_start_that_has_rows(fresh):
     first, second = told["versions"].split("; ")
     assert f"torch {start['versions']['torch']}" in first
     assert "torch 0.0.1" in second
+    scorers = ", ".join(
+        f"{name} {version(name)}" for name in ("jieba", "rouge", "rapidfuzz", "lm_eval", "datasets")
+    )
+    assert scorers in told["scored by"]
+    assert scorers in first
+    root = Path(report.__file__).parents[1]
+    assert f"sources {provenance.code_hash(root)}" in told["scored by"]
     assert told["device"] == "cpu, 1 rank(s) an engine; a large accelerator, 1 rank(s) an engine"
     assert "different hardware" in " ".join(wording.warnings(load(fresh)))
 
