@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from jobs.facts import STARTS_HEAD, facts, starts_table
-from jobs.plots import short_length
 from jobs.summary import Line, ModelSummary, Results
 from jobs.wording import (
     bytes_text,
@@ -19,6 +18,7 @@ from jobs.wording import (
     probability,
     seconds,
     share,
+    short_length,
     times,
     visible,
     warnings,

@@ -26,16 +26,8 @@ from jobs.terminal import terminal
 from spts.errors import ConfigError
 
 
-def write_report(folder: Path) -> Path:
-    """Writes all files of the report into a results folder and returns the path of the page.
-
-    Raises:
-        ConfigError: what `jobs.summary.load` refuses.
-    """
-    return _write(load(folder))
-
-
-def _write(results: Results) -> Path:
+def write_report(results: Results) -> Path:
+    """Writes all files of the report into the results folder and returns the path of the page."""
     folder = results.folder
     write_file(folder / "report.md", markdown(results).encode())
     write_file(folder / "report.csv", csv_text(results).encode())
@@ -65,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             page, status = write_comparison(comparison), int(not comparison.equal)
         else:
             results = load(options.results)
-            page, status = _write(results), 0
+            page, status = write_report(results), 0
             terminal(results, console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -79,7 +79,7 @@ def small(tmp_path_factory):
         answers={"spts/single-4096-0-3": EVIL},
         errors={"recency/single-4096-0-1": "internal: <b>rank</b> died\x07"},
     )
-    write_report(folder)
+    write_report(load(folder))
     return folder
 
 
@@ -185,7 +185,7 @@ def test_the_page_says_what_the_numbers_say(small):
 
 
 def test_the_page_is_the_same_every_time(small, fresh):
-    write_report(fresh)
+    write_report(load(fresh))
     first = (small / "report.html").read_text().replace("small/", "")
     assert (fresh / "report.html").read_text().replace("copy/", "") == first
 
@@ -203,7 +203,7 @@ def test_markdown_tables_have_as_many_cells_as_their_heads(small):
 
 def test_labels_cannot_break_a_table(fresh):
     change_plan(fresh, cell=lambda one: replace(one, label="re|cen<i>cy") if one.label == "recency" else one)
-    write_report(fresh)
+    write_report(load(fresh))
     assert "| re\\|cen&lt;i>cy |" in (fresh / "report.md").read_text()
     page = Page((fresh / "report.html").read_text())
     assert "i" not in page.tags
@@ -223,7 +223,7 @@ def test_the_terminal_table_fits_80_columns(small):
 
 def test_an_unfinished_sweep_says_so(tmp_path):
     write_results(tmp_path, lengths=(1024,), count=3, unfinished=5)
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     message = "Incomplete: 43 of 48 samples are done."
     assert message in Page((tmp_path / "report.html").read_text()).text
     assert message in (tmp_path / "report.md").read_text()
@@ -231,7 +231,7 @@ def test_an_unfinished_sweep_says_so(tmp_path):
 
 def test_a_sweep_without_dense_has_no_differences(tmp_path):
     write_results(tmp_path, methods=("spts", "random"), lengths=(1024,), count=3)
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     (model,) = load(tmp_path).models
     assert model.baseline is None
     assert all(line.delta is None and line.costs.speedup is None for line in model.overall.values())
@@ -240,7 +240,7 @@ def test_a_sweep_without_dense_has_no_differences(tmp_path):
 
 def test_one_method_alone(tmp_path):
     write_results(tmp_path, methods=("dense",), tasks=("single",), lengths=(1000,), count=1)
-    page = write_report(tmp_path)
+    page = write_report(load(tmp_path))
     assert "dense" in Page(page.read_text()).text
 
 
@@ -249,7 +249,7 @@ def test_everything_failed(tmp_path):
     write_results(
         tmp_path, methods=("dense", "spts"), tasks=("single",), lengths=(64,), count=2, errors=errors
     )
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     line = load(tmp_path).models[0].overall["spts"]
     assert (line.score.value, line.failed, line.costs.flop_share, line.costs.ttft_s) == (0.0, 2, None, None)
     assert "4 samples failed" in Page((tmp_path / "report.html").read_text()).text
@@ -312,8 +312,8 @@ def test_words_for_numbers():
     assert wording.seconds(0.0123) == "12 ms"
     assert wording.seconds(0.9996) == "1.00 s"
     assert wording.visible("a\tb\u202ec\nd") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c⏎d"
-    assert plots.short_length(4096) == "4K"
-    assert plots.short_length(1000) == "1000"
+    assert wording.short_length(4096) == "4K"
+    assert wording.short_length(1000) == "1000"
 
 
 def test_times_of_different_runs_are_not_compared(fresh):
@@ -354,7 +354,7 @@ def test_prompts_that_reused_something_have_no_time_of_their_own(tmp_path):
     assert costs.flop_share == pytest.approx(0.44)
     assert costs.done_share == pytest.approx(0.44 * (1 - 0.25 * 6 / 8), rel=1e-3)
     assert "6 of 8 with spts" in " ".join(wording.warnings(load(tmp_path)))
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     assert "after reuse" in Page((tmp_path / "report.html").read_text()).text
 
 
@@ -378,7 +378,7 @@ def test_gains_from_shorter_answers_are_shown_as_such(tmp_path):
     assert "spts 89 % shorter" in " ".join(wording.warnings(load(tmp_path))).replace(
         "\N{NO-BREAK SPACE}", " "
     )
-    page = Page((write_report(tmp_path)).read_text()).text
+    page = Page((write_report(load(tmp_path))).read_text()).text
     assert "so a part of this is not speed" in page
 
 
@@ -394,7 +394,7 @@ def test_samples_that_follow_tokens_score_by_rank(tmp_path, monkeypatch):
     costs = model.overall["random"].costs
     assert costs.rank_mean == pytest.approx(sum(ranks) / 48)
     assert costs.kl_nats == pytest.approx(0.01 * sum(ranks) / 48)
-    assert "KL, nats" in Page(write_report(tmp_path).read_text()).text
+    assert "KL, nats" in Page(write_report(load(tmp_path)).read_text()).text
     out = io.StringIO()
     report.terminal(load(tmp_path), Console(width=80, file=out))
     assert "agreement with dense" in out.getvalue()
@@ -413,7 +413,7 @@ def test_samples_that_follow_tokens_have_no_times(tmp_path):
     assert followed.peak_memory_bytes is None
     assert followed.flop_share == pytest.approx(0.44)
     assert followed.rank_mean is not None
-    write_report(tmp_path)
+    write_report(load(tmp_path))
 
 
 def test_parquet_holds_the_rows_and_the_lines(small):
@@ -460,7 +460,7 @@ def bench(monkeypatch):
 
 def test_many_tasks_have_a_table_and_a_mean(bench, tmp_path):
     write_results(tmp_path, tasks=NAMES[1:], lengths=(8192,), count=4)
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     (model,) = load(tmp_path).models
     means = [model.by_task["spts", task].score.value for task in NAMES[1:]]
     family = model.families["spts", "bench"]
@@ -482,7 +482,7 @@ def test_many_tasks_have_a_table_and_a_mean(bench, tmp_path):
 def test_many_methods_are_numbered_and_told_apart(tmp_path):
     methods = ("dense", *(f"spts, skips from layer {number}" for number in range(1, 20)))
     write_results(tmp_path, methods=methods, tasks=("single",), lengths=(1024, 2048), count=3)
-    text = Page(write_report(tmp_path).read_text()).text
+    text = Page(write_report(load(tmp_path)).read_text()).text
     (model,) = load(tmp_path).models
     chosen = list(palette.colours(model).values())
     assert len({colour for colour, _ in chosen}) == 20, "no two share a colour"
