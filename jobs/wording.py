@@ -175,6 +175,8 @@ def warnings(results: Results) -> list[str]:
             f"Incomplete: {results.done} of {results.planned} samples are done. "
             "Run the same command again to add the rest."
         )
+    for task, why in results.unscored.items():
+        found.append(f"Task {task} is not scored and in no number: {why}.")
     if results.failed:
         number = len(results.failed)
         found.append(f"{number} sample{'s' if number > 1 else ''} failed and counted as a score of 0.")

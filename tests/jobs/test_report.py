@@ -26,6 +26,7 @@ from jobs.report import write_report
 from jobs.stats import holm, mean_interval, paired_difference
 from jobs.summary import load
 from jobs.tasks import FAMILIES, get_task
+from jobs.tasks.needle import NeedleTask
 from spts.errors import ConfigError
 from tests.jobs.made_up import change_plan, next_version, write_results
 from tests.jobs.many_tasks import FAMILY, NAMES
@@ -261,6 +262,36 @@ def test_another_version_of_a_task_is_refused(fresh):
     with pytest.raises(
         ConfigError, match=f"must be {version} to be scored .*, got {version + 1} in the results"
     ):
+        load(fresh)
+
+
+def test_a_task_that_cannot_be_scored_leaves_the_others(fresh, monkeypatch, capsys):
+    """As one of lm-eval whose data is gone."""
+    before = load(fresh).models[0]
+    score = NeedleTask.score
+
+    def without_data(task, text, references, meta):
+        if task.name == before.tasks[-1]:
+            raise ConfigError("its data must be there, got none; restore it", field="tasks")
+        return score(task, text, references, meta)
+
+    monkeypatch.setattr(NeedleTask, "score", without_data)
+    (model,) = load(fresh).models
+    left = before.tasks[:-1]
+    assert left
+    for label in model.labels:
+        for task in left:
+            assert model.by_task[label, task] == before.by_task[label, task]
+        assert (label, before.tasks[-1]) not in model.by_task
+    assert report.main([str(fresh)]) == 2
+    message = f"Task {before.tasks[-1]} is not scored and in no number: its data must be there"
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in Page((fresh / "report.html").read_text()).text
+    assert "Incomplete" not in (fresh / "report.md").read_text()
+    monkeypatch.setattr(
+        NeedleTask, "score", lambda *args: without_data(replace(args[0], name=before.tasks[-1]), *args[1:])
+    )
+    with pytest.raises(ConfigError, match="its data must be there"):
         load(fresh)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from jobs.spec import load_sweep, output_folder
 from jobs.sweep import main
 from jobs.work import Fewer
 from tests import fakes
+from tests.cluster.tiny import write_model
 from tests.jobs.swept import SweptEngine, answers, made
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -176,8 +176,7 @@ def test_a_task_that_one_model_s_tokens_leave_short_is_told_whatever_model_comes
     """The last model of a sweep has all samples: what an earlier one lacks is still said."""
     from jobs import sweep
 
-    other = tmp_path / "other"
-    shutil.copytree(tiny_model, other)
+    other = write_model(tmp_path / "other", seed=1)
     config["model"] = [config["model"], str(other)]
     whole = sweep.prepare
 
