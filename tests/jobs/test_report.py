@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from jobs import palette, plots, provenance, report, wording
+from jobs.aligned import aligned
 from jobs.columns import LINE_FIELDS, SAMPLE_FIELDS
 from jobs.drilldown import drilldown
 from jobs.facts import facts
@@ -343,6 +344,10 @@ def test_words_for_numbers():
     assert wording.seconds(0.0123) == "12 ms"
     assert wording.seconds(0.9996) == "1.00 s"
     assert wording.visible("a\tb\u202ec\nd") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c⏎d"
+    sizes = {3 * 2**30: "3.00 GiB", 300 * 2**10: "300 KiB", 1023.7 * 2**20: "1.00 GiB", 12: "12 B"}
+    assert {size: wording.bytes_text(size) for size in sizes} == sizes
+    assert aligned([("a", "10"), ("bc", "9")]) == ["a   10", "bc   9"]
+    assert aligned([("", "word"), ("1", "a")], left=(1,)) == [" " + "  word", "1  a"]
     assert wording.short_length(4096) == "4K"
     assert wording.short_length(1000) == "1000"
 
