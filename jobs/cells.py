@@ -23,7 +23,9 @@ from spts.methods import Method
 from spts.schedule import Schedule
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_ENGINE_KEYS = ("dtype", "device", "tensor_parallel_size", "num_threads")  # threads: the order of sums
+# What can change an answer, if only in its last bits: threads the order of sums, in_flight what is decoded
+# together.
+_ENGINE_KEYS = ("dtype", "device", "tensor_parallel_size", "num_threads", "in_flight")
 
 
 @dataclass(frozen=True, kw_only=True)

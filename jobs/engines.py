@@ -87,6 +87,10 @@ class RayEngine:
         self._deaths = 0
         return result
 
+    def forgive(self) -> None:
+        """The deaths so far were a sample's doing, and it has been given up: they do not count."""
+        self._deaths = 0
+
     async def recover(self) -> bool:
         """Waits while the engine restarts its ranks, replaces a dead engine. False = no more tries."""
         async with self._recovering:  # several requests of one engine fail together: one of them mends it

@@ -30,6 +30,7 @@ from jobs.record import PlanWriter, read_rows
 from jobs.runner import Limits, Runner
 from jobs.spec import Sweep
 from jobs.work import prepare
+from spts.errors import ConfigError, config_error, require_int
 
 _ANSWER_TOKENS = 8
 _MEMORY_LINES = 12
@@ -68,6 +69,9 @@ class SleepingEngine:
             dense_flops=1.0,
             dense_kv_bytes=1,
         )
+
+    def forgive(self) -> None:
+        """It never errs."""
 
     async def recover(self) -> bool:
         """Never needed."""
@@ -138,6 +142,7 @@ def measure(*, samples: int, engines: int, answer_s: float, length: int, folder:
 
         cpu_s = time.process_time()
         asyncio.run(run())
+        progress.close()
         cpu_s = time.process_time() - cpu_s
     assert len(read_rows(folder)) == work.num_samples, "every sample has its row"
     wall_s = runner.usage.wall_s
@@ -158,13 +163,23 @@ def measure(*, samples: int, engines: int, answer_s: float, length: int, folder:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; exit status 0."""
+    """Command line; exit status 0, or 2 for options that cannot be."""
     parser = argparse.ArgumentParser(prog="python -m jobs.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=10_000, help="answers of the sweep (default: 10000)")
     parser.add_argument("--engines", type=int, default=2, help="engines (default: 2)")
     parser.add_argument("--answer-ms", type=float, default=20.0, help="an engine's time per answer")
     parser.add_argument("--length", type=int, default=256, help="tokens of a prompt (default: 256)")
     options = parser.parse_args(argv)
+    least = 4 * len(_METHODS)  # a sample of each of the needle tasks
+    try:
+        require_int("samples", options.samples, minimum=least)
+        require_int("engines", options.engines, minimum=1)
+        require_int("length", options.length, minimum=1)
+        if not options.answer_ms > 0:
+            raise config_error("answer_ms", "be above 0", options.answer_ms, "give milliseconds")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(
         f"{options.engines} engine(s) that answer in {options.answer_ms:g} ms; real queue, rows and prompts",
         flush=True,

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TextIO
 
 from rich.console import Console
@@ -112,22 +113,40 @@ class SweepProgress:
         self._display = _Display(total, already, out, clock)
         self._planned = planned
         self._flops_total, self._flops_done = flops, 0.0
-        self._scores = {label: [0.0, 0] for label in labels}
+        self._scores = dict.fromkeys(labels, (0.0, 0))
         self._errors: dict[str, int] = defaultdict(int)
+        # A long answer can take a second to score, in which engines would wait for their next prompts.
+        self._scorer = ThreadPoolExecutor(max_workers=1)
+        self._scoring: Future[None] | None = None
 
     def on_row(self, work: Work, row: Row) -> None:
         """Takes note of one row, and shows it if it is time to."""
         record, display = work.cell.record, self._display
         display.done += 1
         self._flops_done += work.flops
-        sums = self._scores[record.label]
-        sums[0] += score_of(work.cell.task, self._planned(work), row)
-        sums[1] += 1
+        self._scoring = self._scorer.submit(self._score, work, self._planned(work), row)
         if row.error is not None:
-            self._errors[str(row.error)] += 1
-            if self._errors[str(row.error)] <= 3:  # the fourth of a kind says nothing new
-                display.print(f"failed: {work.sample} with {record.label}: {row.error}")
+            self._say(str(row.error), f"failed: {work.sample} with {record.label}: {row.error}")
+        if display.done == display.total:
+            self._scoring.result()
         display.show(lambda: f"{self._left()} left · {self.scores()}", lambda: self._line(work, row))
+
+    def _score(self, work: Work, planned: PlannedSample, row: Row) -> None:
+        """Adds a row to its method's score. What a scorer raises ends no sweep: the answer is on disk, and
+        the report scores it again."""
+        label = work.cell.record.label
+        try:
+            score = score_of(work.cell.task, planned, row)
+        except Exception as error:  # any fault of any scorer
+            self._say(str(error), f"not scored yet: {work.sample} with {label}: {error}")
+            return
+        total, count = self._scores[label]
+        self._scores[label] = (total + score, count + 1)
+
+    def _say(self, kind: str, line: str) -> None:
+        self._errors[kind] += 1
+        if self._errors[kind] <= 3:  # the fourth of a kind says nothing new
+            self._display.print(line)
 
     def _line(self, work: Work, row: Row) -> str:
         record = work.cell.record
@@ -153,6 +172,7 @@ class SweepProgress:
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
+        self._scorer.shutdown(cancel_futures=True)
         self._display.close()
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from jobs import columns
-from jobs.lines import append, parsed, read_lines, repair_last_line, to_line, writing
+from jobs.lines import DiskError, append, parsed, read_lines, repair_last_line, to_line, writing
 from spts.errors import ConfigError
 
 SCHEMA_VERSION = 2
@@ -348,11 +348,18 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another sweep is writing there.
+        DiskError: the folder cannot be locked.
     """
-    with (folder / ".lock").open("w") as file:
+    path = folder / ".lock"
+    with writing(path):
+        file = path.open("w")
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            with writing(path):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except DiskError as error:
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
             raise ConfigError(
                 f"output must not be in use by another sweep, got {folder}; "
                 "wait for that one or choose another folder",

@@ -49,6 +49,10 @@ class SweepEngine(Protocol):
         """
         ...
 
+    def forgive(self) -> None:
+        """Told when a sample is given up: what it did to the engine does not count against the engine."""
+        ...
+
     async def recover(self) -> bool:
         """After an engine's fault: waits until it serves again. False = it is gone for good."""
         ...
@@ -248,6 +252,8 @@ class Runner:
             if not at_fault or lease.tries[work.key] >= self._limits.attempts:
                 self._write(seat, work, lease.tries.pop(work.key), outcome)
                 lease.left.popleft()
+                if at_fault:
+                    seat.engine.forgive()
             if at_fault:
                 return False
         return True

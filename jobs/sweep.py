@@ -148,24 +148,21 @@ def _run_all(start: _Start, prepared: Sequence[Prepared], done: set[str]) -> int
     total = sum(one.num_samples for one in prepared)
     number = sum(one.num_samples for one in left)
     _say(f"results: {start.folder} ({total - number} of {total} samples there, {number} to do)")
-    full, failed = False, 0
     with _cluster(start.sweep, [one.plan for one in left if one.groups]):
         start.plan_file.commit()
         try:
             for one, whole in zip(left, prepared, strict=True):
                 if one.groups:
                     asyncio.run(_run(start, one, already=whole.num_samples - one.num_samples))
-        except DiskError:
-            full = True
+        except (EngineError, EnginesLostError, KeyboardInterrupt):
+            _report(start.folder)  # of what is there
             raise
-        finally:
-            if not full:
-                failed = _report(start.folder)
-    return 1 if failed == total else 0
+        return 1 if _report(start.folder) == total else 0
 
 
 def _left(prepared: Prepared, done: set[str]) -> Prepared:
-    """What of the work is not done; a group keeps its prefix, so that its answers are computed the same."""
+    """What of the work is not done; a group keeps its prefix, so that its answers are computed the same
+    way: what is reused of a prefix equals what would be computed but for rounding."""
     groups = []
     for group in prepared.groups:
         members = tuple(work for work in group.members if work.key not in done)

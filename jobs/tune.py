@@ -90,7 +90,8 @@ def tune(args: argparse.Namespace, *, command: str) -> int:
     identity = {
         "model": model.fingerprint,
         "proxies": model.proxies_sha256,
-        "engine": [args.dtype, args.device, args.tensor_parallel_size],
+        "engine": [args.dtype, args.device, args.tensor_parallel_size, args.threads],
+        "seed": args.seed,
         "samples": content_hash(asdict(samples)),
         "length": args.length,
         "target_speedup": args.target_speedup,

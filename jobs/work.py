@@ -54,7 +54,7 @@ class Group:
     """What one engine does in one go: a context and its questions, in one cell.
 
     prefix_tokens: tokens that all prompts of the context begin with; 0 = none, or nobody to share them with.
-    order: groups run in ascending order of it, most expensive context first, its methods side by side: they
+    order: groups run in ascending order of it, most expensive context first (as if nothing were shared), its methods side by side: they
     are timed under like conditions and can use what the engine kept of the context.
     """
 
@@ -209,16 +209,13 @@ class _Maker:
                 "task or the length",
                 field="tasks",
             )
-        for (prepared, cell), groups in zip(users, members, strict=True):
-            for name, works in groups.items():
-                groups[name] = _reusing(prepared, cell, works, contexts[name].prefix_tokens)
         peaks = {name: max(_flops(groups[name]) for groups in members) for name in contexts}
         for (prepared, cell), groups in zip(users, members, strict=True):
             prepared.costs[cell.record.label, cell.length].groups += len(groups)
             prepared.groups.extend(
                 Group(
                     cell=cell,
-                    members=tuple(works),
+                    members=_reusing(prepared, cell, works, contexts[name].prefix_tokens),
                     prefix_tokens=contexts[name].prefix_tokens,
                     order=(-peaks[name], contexts[name].number, -_flops(works)),
                 )
@@ -337,13 +334,13 @@ def _count(prepared: Prepared, cell: Cell, num_tokens: int) -> float:
     return flops
 
 
-def _reusing(prepared: Prepared, cell: Cell, works: list[Work], prefix_tokens: int) -> list[Work]:
+def _reusing(prepared: Prepared, cell: Cell, works: list[Work], prefix_tokens: int) -> tuple[Work, ...]:
     """The work on a context when all but the first of it reuse its beginning; counts what that saves."""
     shape = prepared.plan.shape
     depth = cell.method.schedule_for(shape.num_layers).first_skip_layer
     saved = float(reused_flops(shape, prefix_tokens, depth)) if len(works) > 1 else 0.0
     prepared.costs[cell.record.label, cell.length].reused_flops += saved * (len(works) - 1)
-    return [works[0], *(replace(work, flops=work.flops - saved) for work in works[1:])]
+    return (works[0], *(replace(work, flops=work.flops - saved) for work in works[1:]))
 
 
 def _dtype_bytes(cell: Cell) -> int:

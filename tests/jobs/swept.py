@@ -46,7 +46,7 @@ class SweptEngine:
         self.deaths_left = deaths_left
         self.poison = set(poison)
         self.requests: list[Request] = []
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = self.forgiven = 0
         self._engine = FakeEngine(EngineConfig(model="fake"), step_s=step_s)
         self._killed = asyncio.Event()
 
@@ -86,6 +86,9 @@ class SweptEngine:
         except TimeoutError:
             return
         raise EngineError("unavailable", "the engine died")
+
+    def forgive(self) -> None:
+        self.forgiven += 1
 
     async def recover(self) -> bool:
         self._killed.clear()

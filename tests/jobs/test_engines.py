@@ -114,6 +114,12 @@ async def test_an_engine_that_dies_again_and_again_is_given_up_but_an_answer_for
         with pytest.raises(EngineError, match="the engine died"):
             await engine.run(REQUEST)
         assert await engine.recover()
+    for _ in range(4):  # four samples that kill it, each of them given up after the second time
+        engine.forgive()
+        assert await engine.recover()
+        assert await engine.recover()
+    engine.forgive()
+    assert await engine.recover()
     assert await engine.recover()
     assert not await engine.recover()
 

@@ -134,3 +134,21 @@ def test_making_prompts_is_shown_too():
 )
 def test_clock_time(seconds, text):
     assert clock_time(seconds) == text
+
+
+class Raising:
+    def score(self, text, references, meta):
+        raise ValueError("no such metric")
+
+
+def test_a_scorer_that_raises_is_said_and_ends_nothing():
+    clock, out = Clock(), io.StringIO()
+    items = [work("dense", 1.0), work("dense", 1.0)]
+    items[0].cell.task = Raising()
+    progress = progress_of(items, out=out, clock=clock)
+    for item in items:
+        progress.on_row(item, row("amber"))
+    progress.close()
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "not scored yet: s-1 with dense: no such metric"
+    assert "score so far: dense 100 |" in lines[1]

@@ -163,6 +163,7 @@ def test_a_sample_that_kills_its_engine_takes_no_other_with_it(tmp_path, work, i
     assert (rows[bad.key].error_kind, rows[bad.key].attempts) == ("unavailable", 3)
     assert [row.key for row in rows.values() if row.error is not None] == [bad.key]
     assert num_lines(tmp_path) == len(work.work)
+    assert sum(engine.forgiven for engine in engines) == 1
     assert sum(work.token_ids(bad) == r.token_ids for e in engines for r in e.requests) == 3
 
 

@@ -95,6 +95,9 @@ class FakeEngine:
             agreement=agreement,
         )
 
+    def forgive(self) -> None:
+        """The pool gives no sample up."""
+
     async def recover(self) -> bool:
         return self._recovers
 

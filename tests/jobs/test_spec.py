@@ -262,6 +262,7 @@ CELL_CHANGES: dict[str, dict[str, Any]] = {
     "device": {"engine": {"device": "cuda"}},
     "tensor_parallel_size": {"engine": {"tensor_parallel_size": 2}},
     "num_threads": {"engine": {"num_threads": 2}},
+    "in_flight": {"engine": {"in_flight": 2}},
 }
 NO_CELL_CHANGES: dict[str, dict[str, Any]] = {
     "name": {"name": "other"},
@@ -269,7 +270,6 @@ NO_CELL_CHANGES: dict[str, dict[str, Any]] = {
     "samples": {"samples": 7},
     "samples per length": {"samples": {340: 3, 420: 4}},
     "count": {"engine": {"count": 2}},
-    "in_flight": {"engine": {"in_flight": 2}},
     "start_timeout_s": {"engine": {"start_timeout_s": 5.0}},
     "step_timeout_s": {"engine": {"step_timeout_s": 5.0}},
     "sample_timeout_s": {"sample_timeout_s": 5.0},
