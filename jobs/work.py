@@ -54,8 +54,8 @@ class Group:
     """What one engine does in one go: a context and its questions, in one cell.
 
     prefix_tokens: tokens that all prompts of the context begin with; 0 = none, or nobody to share them with.
-    order: groups run in ascending order of it, most expensive context first (as if nothing were shared), its methods side by side: they
-    are timed under like conditions and can use what the engine kept of the context.
+    order: groups run in ascending order of it, most expensive context first (as if nothing were shared), its
+    methods side by side: they are timed under like conditions and can use what the engine kept of the context.
     """
 
     cell: Cell
