@@ -55,7 +55,7 @@ class Group:
 
     prefix_tokens: tokens that all prompts of the context begin with; 0 = none, or nobody to share them with.
     order: groups run in ascending order of it, most expensive context first (as if nothing were shared), its
-    methods side by side: they are timed under like conditions and can use what the engine kept of the context.
+    methods side by side: they are timed under like conditions and can use what is kept of the context.
     """
 
     cell: Cell
