@@ -185,9 +185,10 @@ class EngineStats:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What an engine runs. max_context: prompt plus new tokens. versions: package name -> version, on rank 0.
+    """What an engine runs, and on what; versions, attention and accelerator are rank 0's.
 
-    proxy: size of the model's FFN proxies; None = it has none. kv_bytes_limit: bytes on each rank for
+    max_context: prompt plus new tokens. versions: package name -> version. attention: what computes it.
+    accelerator: name of the device, None = the CPU. proxy: size of the model's FFN proxies; None = it has none. kv_bytes_limit: bytes on each rank for
     requests and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many
     tokens; None = a prefill is never sliced.
     """
@@ -202,6 +203,8 @@ class EngineInfo:
     device: str
     world_size: int
     versions: dict[str, str]
+    attention: str
+    accelerator: str | None
     proxy: ProxyShape | None
     kv_bytes_limit: int
     slice_tokens: int | None

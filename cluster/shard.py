@@ -176,6 +176,10 @@ class Shard:
             )
 
     def _info(self, model_name: str) -> EngineInfo:
+        import torch
+
+        from spts.kernels.reference import ATTENTION
+
         model = self._loaded
         packages = ("torch", "deepspeed", "transformers", "ray")
         return EngineInfo(
@@ -192,6 +196,8 @@ class Shard:
             proxy=None if model.proxies is None else model.proxies.shape,
             kv_bytes_limit=self._config.kv_cache_bytes or self._free_bytes(),
             slice_tokens=self._config.slice_tokens,
+            attention=ATTENTION,
+            accelerator=torch.cuda.get_device_name() if self._config.device == "cuda" else None,
         )
 
     def _free_bytes(self) -> int:

@@ -80,6 +80,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
 
     from jobs.contestants import Own, Transformers, check_device, random_model, random_proxies
     from spts import loading
+    from spts.kernels.reference import ATTENTION
     from spts.model import SptsModel
 
     if args.tensor_parallel_size != 1:
@@ -138,7 +139,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
             **_about(name, model.shape, args),
             "hardware": machine(device),
             "proxies": f"{origin}, {size.channels} channels, rank {size.rank}",
-            "attention": f"ours: torch scaled_dot_product_attention; transformers: {attention}",
+            "attention": f"ours: {ATTENTION}; transformers: {attention}",
         },
         enter=lambda name, method: Own(model, method, name=name),
         rivals=(
@@ -190,7 +191,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
                     **_about(str(model), info.shape, args),
                     "hardware": machine(),
                     "engine": f"Ray {ray.__version__}, {info.world_size} rank(s)",
-                    "attention": "torch scaled_dot_product_attention",
+                    "attention": info.attention,
                 },
                 enter=lambda name, method: OnEngine(engine, method, name=name),
             )

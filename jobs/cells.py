@@ -250,10 +250,9 @@ class _Proxies:
         path = Path(resolve_path(chosen)) if chosen is not None else folder / loading.PROXIES_FOLDER
         loaded = loading.load_proxies(folder, path, fingerprint=fingerprint)
         assert loaded is not None, "a folder that is named is loaded or refused"
-        digest = hashlib.sha256()
-        for file in sorted(path.glob("*.safetensors")):
-            digest.update(file.read_bytes())
-        return cls(shape=loaded.shape, first_layer=loaded.manifest.first_layer, sha256=digest.hexdigest())
+        return cls(
+            shape=loaded.shape, first_layer=loaded.manifest.first_layer, sha256=loading.proxies_sha256(path)
+        )
 
     def check(self, schedule: Schedule) -> None:
         if schedule.stages and schedule.first_skip_layer < self.first_layer:

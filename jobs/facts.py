@@ -16,8 +16,11 @@ Facts = list[tuple[str, str]]
 def facts(results: Results) -> Facts:
     """(name, value) of all that is the same for the whole folder, or listed where it is not."""
     starts = _used(results)
-    last = starts[-1] if starts else {}
-    return [(name, value) for name, value in (*_code(starts, last), *_what(results), *_how(starts)) if value]
+    return [
+        (name, value)
+        for name, value in (*_code(starts, results.scored_by), *_what(results), *_how(starts))
+        if value
+    ]
 
 
 def starts_table(results: Results) -> list[list[str]]:
@@ -66,19 +69,22 @@ def _used(results: Results) -> list[dict[str, Any]]:
     return [start for start in results.starts if start.get("run") in used] or results.starts
 
 
-def _code(starts: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _code(starts: Sequence[Mapping[str, Any]], scored_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "command", _join(shlex.join(start.get("command", [])) for start in starts)
-    yield (
-        "code",
-        _join(
-            f"{commit(start)}{' (files differ from it)' if commit(start).endswith('-dirty') else ''}, "
-            f"sources {_get(start, 'code', 'sha256')}"
-            for start in starts
-        ),
-    )
+    yield "code", _join(map(_source, starts))
     yield "hardware", _join(_hardware(start.get("hardware") or {}) for start in starts)
-    versions = dict(last.get("versions") or {}) | dict(_get(last, "engine", "versions") or {})
-    yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield "versions", _join(map(_versions, starts))
+    yield "scored by", f"{_source(scored_by)}, with {_versions(scored_by)}"
+
+
+def _source(start: Mapping[str, Any]) -> str:
+    differs = " (files differ from it)" if commit(start).endswith("-dirty") else ""
+    return f"{commit(start)}{differs}, sources {_get(start, 'code', 'sha256')}"
+
+
+def _versions(start: Mapping[str, Any]) -> str:
+    found = dict(start.get("versions") or {}) | dict(_get(start, "engine", "versions") or {})
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _what(results: Results) -> Iterator[tuple[str, str]]:
@@ -112,12 +118,13 @@ def _how(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     yield (
         "device",
         _join(
-            f"{engine.get('device')}, {engine.get('world_size', 1)} rank(s) an engine"
+            f"{engine.get('accelerator') or engine.get('device')}, "
+            f"{engine.get('world_size', 1)} rank(s) an engine"
             for engine in engines
             if engine
         ),
     )
-    yield "attention", _join(str(engine["attention"]) for engine in engines if engine.get("attention"))
+    yield "attention", _join(str(engine.get("attention", "not recorded")) for engine in engines if engine)
     configs = [_get(start, "config", "engine") or {} for start in starts]
     yield (
         "batch policy",
@@ -135,8 +142,6 @@ def _hardware(found: Mapping[str, Any]) -> str:
     text = f"{found.get('cpu')}, {found.get('cpu_cores')} cores"
     if isinstance(memory := found.get("memory_bytes"), int):
         text += f", {memory / 2**30:.0f} GiB"
-    if accelerators := found.get("accelerators"):
-        text += f", {accelerators}"
     return f"{text}; {found.get('system')}"
 
 

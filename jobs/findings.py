@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from jobs.aligned import aligned
 from jobs.options import describe_schedule
 from jobs.pool import Measured
 from jobs.search import Candidate
@@ -71,18 +72,6 @@ def front_table(front: Sequence[Candidate], marks: dict[Schedule, str]) -> list[
             )
         )
     return aligned(rows, left=(3, 4))
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Rows of a table as lines: columns aligned on the right, those of `left` on the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def preset_file(schedule: Schedule, *, reference_tokens: int, comments: Sequence[str]) -> str:

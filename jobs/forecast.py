@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from jobs.plots import short_length
+from jobs.aligned import aligned
 from jobs.progress import clock_time
 from jobs.spec import EngineSpec
+from jobs.wording import bytes_text, short_length
 from jobs.work import Cost, Prepared
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _HEADS = (
     "samples",
     "prefill FLOP",
     "% of dense",
+    "reused",
     "KV/prompt",
     "KV %",
 )
@@ -34,7 +36,8 @@ _HEADS = (
 def table(prepared: Prepared, *, flops_per_s: float | None) -> list[str]:
     """Lines of an aligned table: a row per method and length, and one per method over all lengths.
 
-    flops_per_s: of all engines together; None = no column for the time.
+    flops_per_s: of all engines together; None = no column for the time. FLOP are as if no context were
+    shared; `reused` is the share of them that is not done because one is, and the time is that of the rest.
     """
     labels = dict.fromkeys(label for label, _ in prepared.costs)
     rows = [[*_HEADS, *(["prefill time"] if flops_per_s else [])]]
@@ -44,14 +47,7 @@ def table(prepared: Prepared, *, flops_per_s: float | None) -> list[str]:
         if len(parts) > 1:
             parts.append(("all", _sum(cost for _, cost in parts)))
         rows += [[label, length, *_numbers(cost, flops_per_s)] for length, cost in parts]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return aligned(rows)
 
 
 def _numbers(cost: Cost, flops_per_s: float | None) -> list[str]:
@@ -61,10 +57,23 @@ def _numbers(cost: Cost, flops_per_s: float | None) -> list[str]:
         str(cost.samples),
         f"{cost.flops:.2e}",
         f"{100 * cost.flops / cost.dense_flops:.1f}%",
-        _bytes(cost.kv_bytes / cost.samples),
+        f"{100 * cost.reused_flops / cost.flops:.1f}%",
+        bytes_text(cost.kv_bytes / cost.samples),
         f"{100 * cost.kv_bytes / cost.dense_kv_bytes:.1f}%",
     ]
-    return [*numbers, *([clock_time(cost.flops / flops_per_s)] if flops_per_s else [])]
+    return [*numbers, *([_prefill_time(cost, flops_per_s)] if flops_per_s else [])]
+
+
+def total(prepared: Iterable[Prepared], *, flops_per_s: float | None) -> str:
+    """What all methods of all models take together, in a sentence."""
+    cost = _sum(each for one in prepared for each in one.costs.values())
+    text = f"in all {cost.samples} samples, {cost.flops - cost.reused_flops:.2e} prefill FLOP"
+    return text + (f", {_prefill_time(cost, flops_per_s)} of prefill" if flops_per_s else "")
+
+
+def _prefill_time(cost: Cost, flops_per_s: float) -> str:
+    """Of what is really done: prompts of a context share their beginning."""
+    return clock_time((cost.flops - cost.reused_flops) / flops_per_s)
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:
@@ -73,15 +82,6 @@ def _sum(costs: Iterable[Cost]) -> Cost:
         for name, value in vars(cost).items():
             setattr(total, name, getattr(total, name) + value)
     return total
-
-
-def _bytes(number: float) -> str:
-    """3.2e6 -> "3.1 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} TiB"
 
 
 def measured_flops(engine: EngineSpec) -> tuple[float | None, str]:

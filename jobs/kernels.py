@@ -90,7 +90,7 @@ def cases(shape: ModelShape, *, tokens: int, active: int, device: str) -> Iterat
         yield Case(
             operation="rotate_in_place",
             size=f"T{tokens}-H{heads}-d{head_dim}",
-            arguments=lambda heads=heads: (draw(tokens, heads, head_dim), *angles()),  # type: ignore[misc]
+            arguments=lambda heads=heads: (draw(tokens, heads, head_dim), *angles()),  # type: ignore[misc]  # a lambda's default
             moved_bytes=4 * tokens * (heads + 1) * head_dim,
         )
     for rows in (tokens, active):
@@ -98,7 +98,7 @@ def cases(shape: ModelShape, *, tokens: int, active: int, device: str) -> Iterat
             operation="gated_product",
             size=f"M{rows}-F{inner}",
             # Around 2, so that products written over their input stay numbers that differ.
-            arguments=lambda rows=rows: (draw(rows, inner), draw(rows, inner) + 2, F.silu),  # type: ignore[misc]
+            arguments=lambda rows=rows: (draw(rows, inner), draw(rows, inner) + 2, F.silu),  # type: ignore[misc]  # a lambda's default
             moved_bytes=6 * rows * inner,
         )
     yield Case(

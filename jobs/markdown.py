@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from jobs.facts import STARTS_HEAD, facts, starts_table
-from jobs.plots import short_length
 from jobs.summary import Line, ModelSummary, Results
 from jobs.wording import (
     bytes_text,
@@ -19,6 +18,7 @@ from jobs.wording import (
     probability,
     seconds,
     share,
+    short_length,
     times,
     visible,
     warnings,
@@ -36,8 +36,9 @@ def markdown(results: Results) -> str:
     parts += ["## Provenance", "", *table(("what", "value"), facts(results)), ""]
     parts += [*table(STARTS_HEAD, starts_table(results)), ""]
     parts += [
-        "Scores in % with 95 % intervals (Wilson, or bootstrap over contexts); differences in points against "
-        "dense on the same samples. Failed samples count as 0. The page report.html explains every number.",
+        "Scores in % with 95 % intervals (Wilson, or bootstrap over contexts; MOVER for means of tasks); "
+        "differences in points against dense on the same samples. Failed samples count as 0. The page "
+        "report.html explains every number.",
         "",
     ]
     return "\n".join(parts)

@@ -1,7 +1,8 @@
 """What answers cost, as measured: medians, shares and speed-ups over any selection of samples.
 
 Times are compared within one start of a sweep and only where a prompt was computed from its first token: one
-whose shallow layers came from a prompt before it has no time to first token of its own.
+whose shallow layers came from a prompt before it has no time to first token of its own. A sample that follows
+given tokens has no times or memory of its method: its engine also runs the dense model beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.record import Row
 from jobs.scoring import Scored
 from jobs.stats import Column
 
@@ -63,6 +65,7 @@ class Costs:
 
 _NUMBERS = ("flops", "dense_flops", "reused_flops", "reused_tokens", "kv_bytes", "dense_kv_bytes", "ttft_s",
             "decode_s", "total_s", "peak_memory_bytes")  # fmt: skip
+_NOT_WHILE_FOLLOWING = ("ttft_s", "decode_s", "total_s", "peak_memory_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +103,7 @@ class Measures:
             run=np.array([runs.setdefault(row.run, len(runs)) for row in rows], dtype=int),
             error=np.array([row.error is not None for row in rows], dtype=bool),
             tokens=_numbers(None if row.token_ids is None else len(row.token_ids) for row in rows),
-            of_row={name: _numbers(getattr(row, name) for row in rows) for name in _NUMBERS},
+            of_row={name: _numbers(_of_row(row, name) for row in rows) for name in _NUMBERS},
             agreement=[
                 (row.agreement["kl"], row.agreement["rank"]) if row.agreement else ((), ()) for row in rows
             ],
@@ -177,6 +180,14 @@ class Measures:
                 "equal_speedup": _median((first[theirs] + decode[theirs]) / equal),
                 "answer_ratio": ratio,
             }
+
+
+def _of_row(row: Row, name: str) -> float | None:
+    """A number of a row, as far as it says something of the method."""
+    if row.agreement is not None and name in _NOT_WHILE_FOLLOWING:
+        return None
+    value: float | None = getattr(row, name)
+    return value
 
 
 def _numbers(values: Iterable[float | None]) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.record import write_file
 from spts.errors import ConfigError, check_keys, require_int
 from spts.schedule import PRESETS, Schedule
 
@@ -122,6 +123,4 @@ def writable_folder(path: str | os.PathLike[str], *, field: str = "out") -> Path
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a JSON file that appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_file(path, (json.dumps(data, indent=2) + "\n").encode())

@@ -55,7 +55,7 @@ def environment() -> jinja2.Environment:
         percent=wording.percent, share=wording.share, points=wording.points, seconds=wording.seconds,
         times=wording.times, number=wording.number, nats=wording.nats, probability=wording.probability,
         visible=wording.visible, interval=wording.interval, bytes=wording.bytes_text,
-        short_length=plots.short_length, data_uri=_data_uri, day=facts.day, shortened=_shortened,
+        short_length=wording.short_length, data_uri=_data_uri, day=facts.day, shortened=_shortened,
     )  # fmt: skip
     made.globals["styles"] = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     return made
@@ -134,7 +134,7 @@ def _cost_columns(costs: list[Costs]) -> list[tuple[str, str, Callable[[Costs], 
     ]
     reused = any(cost.reused for cost in costs)
     return [
-        (head, why, lambda cost, name=name, words=words: words(getattr(cost, name)))  # type: ignore[misc]
+        (head, why, lambda cost, name=name, words=words: words(getattr(cost, name)))  # type: ignore[misc]  # a lambda's default
         for head, why, name, words in columns
         if any(getattr(cost, name) is not None for cost in costs) and (name != "done_share" or reused)
     ]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from jobs.palette import colours, numbered
 from jobs.stats import Estimate
 from jobs.summary import Line, ModelSummary
+from jobs.wording import short_length
 
 _INK, _FAINT, _GRID = "#39424e", "#7b8794", "#e6eaee"
 RC = {
@@ -34,11 +35,6 @@ RC = {
     "ytick.color": _FAINT,
     "legend.frameon": False,
 }
-
-
-def short_length(length: int) -> str:
-    """1024 -> "1K", 1000 -> "1000"."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
 def score_by_length(model: ModelSummary, task: str | None = None) -> str | None:

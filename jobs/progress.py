@@ -12,9 +12,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jobs.plots import short_length
 from jobs.record import PlannedSample, Row
 from jobs.scoring import score_of
+from jobs.wording import short_length
 from jobs.work import Work
 
 LINE_EVERY_S = 5.0

@@ -16,20 +16,28 @@ from jobs.lines import append as append_line
 from jobs.lines import read_lines, repair_last_line, to_line, writing
 
 _FILE = "provenance.jsonl"
-_PACKAGES = ("spts", "torch", "transformers", "tokenizers", "ray", "deepspeed", "triton", "numpy", "scipy")
+_PACKAGES = ("spts", "torch", "transformers", "tokenizers", "ray", "deepspeed", "triton", "numpy", "scipy",
+             "jieba", "rouge", "rapidfuzz", "lm_eval", "datasets")  # fmt: skip
 _CODE = ("spts", "cluster", "jobs")
 
 
 def collect(*, command: Sequence[str], config: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
     """All that is known before an engine starts. `commit` is what the caller says; None = ask git here."""
-    root = Path(__file__).resolve().parents[1]
     return {
         "started_unix_s": round(time.time(), 3),
         "command": list(command),
         "config": dict(config),
+        **software(commit),
+        "hardware": hardware(),
+    }
+
+
+def software(commit: str | None = None) -> dict[str, Any]:
+    """The code and the packages of this process: what answers, and what scores them. commit: as `collect`."""
+    root = Path(__file__).resolve().parents[1]
+    return {
         "code": {"commit": commit or _git_commit(root), "sha256": code_hash(root)},
         "versions": versions(),
-        "hardware": hardware(),
     }
 
 
@@ -66,7 +74,7 @@ def code_hash(root: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the installed packages that can change an answer or a time."""
+    """Python and the installed packages that can change an answer, a score or a time."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

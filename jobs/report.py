@@ -3,8 +3,10 @@
     python -m jobs.report results/demo                  the report of a sweep
     python -m jobs.report results/before results/after  what differs between two
 
-Needs no cluster, no model and no accelerator; run it again whenever the scoring or the looks change. With two
-folders, the exit status is that of diff: 0 the same samples have the same answers, 1 they differ, 2 an error.
+Needs no cluster, no model and no accelerator; run it again whenever the scoring or the looks change. Tasks
+of lm-eval need their data, as lm-eval's scorers look at the whole document; where it is not there, the other
+tasks are reported and the exit status is 2. With two folders, the exit status is that of diff: 0 the same
+samples have the same answers, 1 they differ, 2 an error.
 """
 
 from __future__ import annotations
@@ -26,16 +28,8 @@ from jobs.terminal import terminal
 from spts.errors import ConfigError
 
 
-def write_report(folder: Path) -> Path:
-    """Writes all files of the report into a results folder and returns the path of the page.
-
-    Raises:
-        ConfigError: what `jobs.summary.load` refuses.
-    """
-    return _write(load(folder))
-
-
-def _write(results: Results) -> Path:
+def write_report(results: Results) -> Path:
+    """Writes all files of the report into the results folder and returns the path of the page."""
     folder = results.folder
     write_file(folder / "report.md", markdown(results).encode())
     write_file(folder / "report.csv", csv_text(results).encode())
@@ -65,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             page, status = write_comparison(comparison), int(not comparison.equal)
         else:
             results = load(options.results)
-            page, status = _write(results), 0
+            page, status = write_report(results), 2 if results.unscored else 0
             terminal(results, console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -38,31 +38,55 @@ class Scored:
         return (self.cell.task, "sample", self.planned.sample)
 
 
-def score_rows(plan: Plan, rows: Mapping[str, Row]) -> list[Scored]:
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Samples with their scores, and why some tasks have none: by the task's name."""
+
+    scored: tuple[Scored, ...]
+    unscored: Mapping[str, ConfigError]
+
+
+def score_rows(plan: Plan, rows: Mapping[str, Row]) -> Scores:
     """The scores of all samples that have a row, in the order of the plan.
+
+    A task that cannot be scored here, as one of lm-eval cannot without its data, has no scores at all.
 
     Raises:
         ConfigError: results of another version of a task than this package scores.
     """
-    cells = {cell.id: (cell, _task_of(cell)) for cell in plan.cells}
+    unscored: dict[str, ConfigError] = {}
+    cells: dict[str, tuple[CellRecord, Task]] = {}
+    for cell in plan.cells:
+        try:
+            task = get_task(cell.task_spec)
+        except ConfigError as error:
+            unscored.setdefault(cell.task, error)
+        else:
+            _check_version(cell, task)
+            cells[cell.id] = cell, task
     scored = []
     for planned in plan.samples:
-        if planned.key in rows:
-            (cell, task), row = cells[planned.cell], rows[planned.key]
-            score = score_of(task, planned, row)
-            scored.append(Scored(cell=cell, planned=planned, row=row, score=score))
-    return scored
+        if planned.key not in rows or planned.cell not in cells:
+            continue
+        (cell, task), row = cells[planned.cell], rows[planned.key]
+        if cell.task not in unscored:
+            try:
+                score = score_of(task, planned, row)
+            except ConfigError as error:
+                unscored[cell.task] = error
+            else:
+                scored.append(Scored(cell=cell, planned=planned, row=row, score=score))
+    # Some answers of a task alone would be another selection of samples than was asked for.
+    return Scores(scored=tuple(one for one in scored if one.cell.task not in unscored), unscored=unscored)
 
 
-def _task_of(cell: CellRecord) -> Task:
-    task = get_task(cell.task_spec)
+def _check_version(cell: CellRecord, task: Task) -> None:
     if cell.content["task_version"] != task.version:
         raise ConfigError(
             f"version of task {cell.task!r} must be {task.version} to be scored by this package, "
             f"got {cell.content['task_version']} in the results; run the sweep again",
             field="task_version",
         )
-    return task
 
 
 def score_of(task: Task, planned: PlannedSample, row: Row) -> float:

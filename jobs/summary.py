@@ -90,14 +90,20 @@ class ModelSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A results folder, read and scored."""
+    """A results folder, read and scored.
+
+    scored_by: the code and packages of this process. done: samples with a row. unscored: tasks that cannot be
+    scored here, and why; their samples are in no number.
+    """
 
     folder: Path
     plan: Plan
     starts: list[dict[str, Any]]
+    scored_by: Mapping[str, Any]
     models: tuple[ModelSummary, ...]
     planned: int
     done: int
+    unscored: Mapping[str, str]
     failed: tuple[Scored, ...] = field(repr=False)
 
 
@@ -105,21 +111,27 @@ def load(folder: Path) -> Results:
     """Reads and scores a results folder. Needs no cluster and no model.
 
     Raises:
-        ConfigError: not a results folder, a damaged one, or one made with another version of a task.
+        ConfigError: not a results folder, a damaged one, one made with another version of a task, or one of
+            which no task can be scored.
     """
-    plan = read_plan(folder)
+    plan, rows = read_plan(folder), read_rows(folder)
     try:
-        scored = score_rows(plan, read_rows(folder))
+        scores = score_rows(plan, rows)
+        if scores.unscored and not scores.scored:
+            raise next(iter(scores.unscored.values()))
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}", field=error.field) from None
+    scored = scores.scored
     models = dict.fromkeys(cell.model for cell in plan.cells)
     return Results(
         folder=folder,
         plan=plan,
         starts=provenance.read(folder),
+        scored_by=provenance.software(),
         models=tuple(summarise(model, plan.cells, scored) for model in models),
         planned=len(plan.samples),
-        done=len(scored),
+        done=sum(planned.key in rows for planned in plan.samples),
+        unscored={task: str(error) for task, error in scores.unscored.items()},
         failed=tuple(one for one in scored if one.row.error is not None),
     )
 
@@ -208,7 +220,7 @@ def _families(
         for key, tasks in members.items()
     }
     paired = {key: columns for key, columns in differences.items() if columns}
-    found = iter(means_of_means([*scores, *paired.values()]))  # all at once: rows share their draws
+    found = iter(means_of_means([*scores, *paired.values()]))  # all at once, as above
     means = [next(found) for _ in members]
     deltas = {key: next(found) for key in paired}
     return {

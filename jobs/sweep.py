@@ -29,10 +29,8 @@ from jobs.lines import DiskError, writing
 from jobs.progress import PromptProgress, SweepProgress, clock_time
 from jobs.prompts import PromptFile, Prompts
 from jobs.record import PlanWriter, check_schema, iterate_rows, locked
-from jobs.report import terminal, write_report
 from jobs.runner import EnginesLostError, Limits, Runner, Usage
 from jobs.spec import Sweep, load_sweep, output_folder
-from jobs.summary import load
 from jobs.work import Fewer, Prepared, prepare
 from spts.errors import SptsError
 
@@ -112,10 +110,10 @@ def _prepare(
     prompts = {plan.name: Prompts(plan.folder) for plan in plans}
     progress = PromptProgress(sum(cell.count for plan in plans for cell in plan.cells))
     prepared: list[Prepared] = []
-    fewer: list[Fewer] = []
+    fewer: dict[Fewer, None] = {}  # which samples fit depends on the tokenizer, so on the model
     try:
         for name in prompts:
-            of_model, fewer = prepare(
+            of_model, short = prepare(
                 [plan for plan in plans if plan.name == name],
                 prompts[name],
                 file=file,
@@ -123,9 +121,10 @@ def _prepare(
                 on_prompt=progress.on_prompt,
             )
             prepared += of_model
+            fewer |= dict.fromkeys(short)
     finally:
         progress.close()
-    for less in fewer:  # the same for every model: it is the data that ends
+    for less in fewer:
         _say(f"{less.task} at {less.length} tokens has {less.got} samples, {less.wanted} were asked for")
     num_samples = sum(one.num_samples for one in prepared)
     _say(f"{num_samples} samples in {clock_time(time.perf_counter() - started)}")
@@ -174,11 +173,14 @@ def _left(prepared: Prepared, done: set[str]) -> Prepared:
 
 def _report(folder: Path) -> int:
     """Writes the report of what is there, prints its table, and returns the number of failed samples."""
+    from jobs.report import terminal, write_report
+    from jobs.summary import load
+
     results = load(folder)
     if not results.done:
         return 0
     with writing(folder / "report.html"):
-        page = write_report(folder)
+        page = write_report(results)
     terminal(results, Console(width=None if sys.stdout.isatty() else 100))
     _say(f"report: {page}")
     return len(results.failed)
@@ -261,6 +263,7 @@ def _say_costs(
         _say(f"{one.plan.title}: predicted cost")
         for line in forecast.table(one, flops_per_s=flops_per_s):
             _say(f"  {line}")
+    _say(forecast.total(prepared, flops_per_s=flops_per_s))
     if how is not None:
         _say(how)
 

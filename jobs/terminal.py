@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.plots import short_length
 from jobs.summary import ModelSummary, Results
 from jobs.wording import (
     corrected,
@@ -22,6 +21,7 @@ from jobs.wording import (
     probability,
     seconds,
     share,
+    short_length,
     times,
     warnings,
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Protocol
 
+from jobs.aligned import aligned
 from jobs.options import read_schedule
 from spts.cost import LayerWork, ModelShape, ProxyShape, kv_bytes, prefill_flops
 from spts.errors import ConfigError
@@ -313,10 +314,7 @@ def table(rows: Sequence[Row]) -> str:
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+    return "\n".join(aligned(lines, left=()))
 
 
 def parts_table(parts: Sequence[Part]) -> str:

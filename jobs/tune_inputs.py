@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -95,9 +94,6 @@ class Model:
         path = folder / loading.PROXIES_FOLDER if proxies is None else Path(resolve_path(proxies))
         loaded = loading.load_proxies(folder, path, fingerprint=fingerprint)
         assert loaded is not None, "a folder that is named is loaded or refused"
-        digest = hashlib.sha256()
-        for file in sorted(path.glob("*.safetensors")):
-            digest.update(file.read_bytes())
         return cls(
             source=source if is_uploaded_copy() else str(folder),
             folder=folder,
@@ -106,7 +102,7 @@ class Model:
             fingerprint=fingerprint,
             proxy=loaded.shape,
             first_layer=loaded.manifest.first_layer,
-            proxies_sha256=digest.hexdigest(),
+            proxies_sha256=loading.proxies_sha256(path),
         )
 
 

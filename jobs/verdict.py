@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jobs.aligned import aligned
 from spts.cost import LayerWork
 from spts.schedule import Schedule
 
@@ -120,7 +121,4 @@ def table(safety: Safety, curves: Sequence[TaskCurve], work: Sequence[LayerWork]
                 "" if row.proxy_correlation is None else f"{row.proxy_correlation:.2f}",
             ]
         )
-    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in rows
-    )
+    return "\n".join(aligned(rows, left=()))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from jobs.stats import Estimate
-from jobs.summary import SIGNIFICANT, Line, ModelSummary, Results
+if TYPE_CHECKING:
+    from jobs.stats import Estimate
+    from jobs.summary import Line, ModelSummary, Results
 
 _PER_CENT = "\N{NO-BREAK SPACE}%"  # a number never stands on one line and its sign on the next
 _FEW_METHODS = 4
 _FEW_CONTEXTS = 10
+
+
+def short_length(length: int) -> str:
+    """1024 -> "1K", 1000 -> "1000"."""
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
 def percent(value: float | None) -> str:
@@ -53,10 +60,14 @@ def nats(value: float | None) -> str:
 
 
 def bytes_text(value: float | None) -> str:
-    """3 * 2**30 -> "3.00 GiB", 5 * 2**20 -> "5 MiB"."""
+    """3 * 2**30 -> "3.00 GiB", 5.25 * 2**20 -> "5.25 MiB", 300 * 2**10 -> "300 KiB"."""
     if value is None:
         return "–"
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 999.5 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.{0 if value >= 99.95 or unit == 'B' else 1 if value >= 9.995 else 2}f} {unit}"
 
 
 def probability(value: float) -> str:
@@ -125,6 +136,8 @@ def _many(others: list[Line], base: Line | None, model: ModelSummary) -> Iterato
 
 def corrected(model: ModelSummary) -> str:
     """Which differences stand when all methods of a report are tested at once; "" for fewer than two."""
+    from jobs.summary import SIGNIFICANT
+
     if len(model.comparisons) < 2:
         return ""
     below: list[str] = []
@@ -162,13 +175,19 @@ def warnings(results: Results) -> list[str]:
             f"Incomplete: {results.done} of {results.planned} samples are done. "
             "Run the same command again to add the rest."
         )
+    for task, why in results.unscored.items():
+        found.append(f"Task {task} is not scored and in no number: {why}.")
     if results.failed:
         number = len(results.failed)
         found.append(f"{number} sample{'s' if number > 1 else ''} failed and counted as a score of 0.")
     used = {one.row.run for model in results.models for one in model.scored}
     starts = [start for start in results.starts if start.get("run") in used]
-    for key, what in (("code", "code"), ("versions", "package versions"), ("hardware", "hardware")):
-        if len({repr(start.get(key)) for start in starts}) > 1:
+    for what, recorded in (
+        ("code", [start.get("code") for start in starts]),
+        ("package versions", [(start.get("versions"), _engine(start, "versions")) for start in starts]),
+        ("hardware", [(start.get("hardware"), _engine(start, "accelerator")) for start in starts]),
+    ):
+        if len(set(map(repr, recorded))) > 1:
             found.append(
                 f"The rows come from {len(starts)} starts with different {what}; see the provenance."
             )
@@ -183,6 +202,10 @@ def warnings(results: Results) -> list[str]:
     for model in results.models:
         found += _of_model(model)
     return found
+
+
+def _engine(start: Mapping[str, Any], key: str) -> Any:
+    return (start.get("engine") or {}).get(key)
 
 
 def _of_model(model: ModelSummary) -> Iterator[str]:

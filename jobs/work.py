@@ -7,7 +7,7 @@ import hashlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from jobs.cells import Cell, ModelPlan
@@ -22,6 +22,7 @@ from spts.cost import (
     kv_bytes,
     prefill_flops,
     prefix_bytes,
+    reused_flops,
 )
 from spts.errors import ConfigError
 from spts.methods import Method
@@ -35,7 +36,7 @@ class Work:
 
     sample: its id. planned: place in the plan. prompt: place in the file of prompts, where num_tokens token
     ids of the prompt are followed by num_follow ones that the model is made to follow. flops: predicted, of
-    the prefill.
+    the prefill; without what the first of a context leaves for the others to reuse.
     """
 
     key: str
@@ -53,8 +54,8 @@ class Group:
     """What one engine does in one go: a context and its questions, in one cell.
 
     prefix_tokens: tokens that all prompts of the context begin with; 0 = none, or nobody to share them with.
-    order: groups run in ascending order of it, most expensive context first, its methods side by side: they
-    are timed under like conditions and can use what the engine kept of the context.
+    order: groups run in ascending order of it, most expensive context first (as if nothing were shared), its
+    methods side by side: they are timed under like conditions and can use what is kept of the context.
     """
 
     cell: Cell
@@ -64,18 +65,22 @@ class Group:
 
     @property
     def flops(self) -> float:
-        """Predicted, of the prefills, as if nothing were shared."""
+        """Predicted, of the prefills; what the members share is done once."""
         return _flops(self.members)
 
 
 @dataclass(kw_only=True)
 class Cost:
-    """What the cost model predicts for some samples together; flops as if no context were shared."""
+    """What the cost model predicts for some samples together; flops as if no context were shared.
+
+    reused_flops: the part of flops that is not done because prompts of a context share their beginning.
+    """
 
     cells: int = 0
     groups: int = 0
     samples: int = 0
     flops: float = 0.0
+    reused_flops: float = 0.0
     dense_flops: float = 0.0
     kv_bytes: int = 0
     dense_kv_bytes: int = 0
@@ -159,7 +164,7 @@ def prepare(
     fewer = []
     for cells in users.values():
         cell = cells[0][1]
-        got = maker.make(cell.task, cells, lambda cells=cells: on_prompt(len(cells)))  # type: ignore[misc]
+        got = maker.make(cell.task, cells, lambda cells=cells: on_prompt(len(cells)))  # type: ignore[misc]  # a lambda's default
         if got < cell.count:
             fewer.append(Fewer(task=cell.task.name, length=cell.length, wanted=cell.count, got=got))
     for one in prepared:
@@ -210,7 +215,7 @@ class _Maker:
             prepared.groups.extend(
                 Group(
                     cell=cell,
-                    members=tuple(works),
+                    members=_reusing(prepared, cell, works, contexts[name].prefix_tokens),
                     prefix_tokens=contexts[name].prefix_tokens,
                     order=(-peaks[name], contexts[name].number, -_flops(works)),
                 )
@@ -327,6 +332,15 @@ def _count(prepared: Prepared, cell: Cell, num_tokens: int) -> float:
     cost.kv_bytes += kv
     cost.dense_kv_bytes += dense_kv
     return flops
+
+
+def _reusing(prepared: Prepared, cell: Cell, works: list[Work], prefix_tokens: int) -> tuple[Work, ...]:
+    """The work on a context when all but the first of it reuse its beginning; counts what that saves."""
+    shape = prepared.plan.shape
+    depth = cell.method.schedule_for(shape.num_layers).first_skip_layer
+    saved = float(reused_flops(shape, prefix_tokens, depth)) if len(works) > 1 else 0.0
+    prepared.costs[cell.record.label, cell.length].reused_flops += saved * (len(works) - 1)
+    return (works[0], *(replace(work, flops=work.flops - saved) for work in works[1:]))
 
 
 def _dtype_bytes(cell: Cell) -> int:

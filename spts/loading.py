@@ -74,6 +74,14 @@ def load_transformers(folder: str | os.PathLike[str], *, dtype: str = "float32",
     return model.to(device).eval()
 
 
+def proxies_sha256(folder: Path) -> str:
+    """sha256 over the weights of the proxies in a folder: names them in records."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def load_proxies(
     folder: str | os.PathLike[str], proxies: str | os.PathLike[str] | None, *, fingerprint: str
 ) -> Proxies | None:

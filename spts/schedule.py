@@ -184,8 +184,7 @@ class Schedule:
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}", field=f"{where}.{error.field}") from None
         try:
-            # __post_init__ checks what the type checker cannot.
-            return cls(**{**data, "stages": tuple(stages)})  # type: ignore[arg-type]
+            return cls(**{**data, "stages": tuple(stages)})  # type: ignore[arg-type]  # __post_init__ checks
         except ConfigError as error:
             raise ConfigError(f"schedule.{error}", field=f"schedule.{error.field}") from None
 

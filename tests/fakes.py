@@ -55,6 +55,8 @@ def info(config: EngineConfig) -> EngineInfo:
         proxy=PROXY,
         kv_bytes_limit=config.kv_cache_bytes or 2**30,
         slice_tokens=config.slice_tokens,
+        attention="none",
+        accelerator="fake accelerator" if config.device == "cuda" else None,
     )
 
 

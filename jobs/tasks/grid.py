@@ -40,7 +40,7 @@ class GridTask:
     every text. Text t has the needle of question q at depth number (t + q * step) % D of the D depths, where
     step = max(1, D // Q): over D texts each needle stands once at every depth. So with one question sample i
     takes depth i % D, and a full grid has D * Q samples or a multiple of it. Every text starts at a place of
-    its own of the haystack for each multiple.
+    its own of the haystack, so that texts are independent of one another.
 
     Attributes:
         name: tells several grids of a sweep apart.
@@ -52,7 +52,7 @@ class GridTask:
     depths: tuple[float, ...]
     questions: tuple[Question, ...]
     haystack: str | None = None
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     stop: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -99,7 +99,7 @@ class GridTask:
         longest = max(suffixes, key=lambda suffix: len(tokens.encode(suffix)))
         units = 0
         for text in range(-(-count // len(self.questions))):
-            rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{text // len(self.depths)}")
+            rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{text}")
             start = rng.randrange(len(document(self.haystack).units))
 
             def context(units: int, text: int = text, start: int = start) -> str:

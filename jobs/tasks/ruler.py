@@ -79,7 +79,7 @@ class RulerTask:
     words: str | None = None
     squad: str | None = None
     hotpotqa: str | None = None
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     stop: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -123,11 +123,13 @@ class RulerTask:
         """
         sources = self._sources()
         limit = self.kind.num_samples(sources)
+        # What is asked is no other at another length; a question of a data set, with another seed neither.
+        prefix = f"{self.name}-{seed}" if limit is None else self.name
         units = 0
         for index in range(count if limit is None else min(count, limit)):
             units, draft = self._fitting(sources, tokens, length, seed, index, guess=units)
             yield Sample(
-                id=f"{self.name}-{length}-{seed}-{index}",
+                id=f"{prefix}-{index}",
                 prompt=draft.prompt,
                 references=draft.references,
                 meta={} if draft.depth is None else {"depth": round(draft.depth, 4)},

@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+ATTENTION = "torch scaled_dot_product_attention"
+"""What computes attention on every device, for records; torch chooses among its backends by itself."""
+
 _QUERY_BLOCK = 1024
 
 

@@ -305,6 +305,7 @@ def test_an_engine_as_a_ray_actor_for_jobs(driver, tiny_model, whole):
         assert (info.fingerprint, info.shape, info.world_size) == (whole.fingerprint, whole.shape, 1)
         assert info.has_proxies
         assert set(info.versions) == {"python", "torch", "deepspeed", "transformers", "ray"}
+        assert (info.attention, info.accelerator) == ("torch scaled_dot_product_attention", None)
         token_ids = prompt(90, seed=4)
         result = driver.get(engine.run.remote(request("a", token_ids, METHODS[1])))
         assert list(result.token_ids) == whole.generate(token_ids, METHODS[1], 8).token_ids

@@ -2,6 +2,8 @@
 
     python -m tests.jobs.kill_sweep --kills 10 --config jobs/configs/demo.yaml
 
+The sweep's tasks are those of the file and one whose questions share their texts.
+
 Victims are the driver, an engine's actor and an engine's rank, on a Ray cluster of this command's own. A
 killed driver is started again with the same command. Prints every kill; exit status 0 when both sweeps have
 the same rows, none lost or doubled, and the same final table.
@@ -32,8 +34,19 @@ from tests.jobs.swept import answers, num_lines
 
 KINDS = ("rank", "engine", "driver")
 _TITLES = {"rank": "ray::Shard", "engine": "ray::Engine"}
-# Columns of the final table that are times, and so differ from run to run.
-_TIMES = ("ttft", "tpot", "total", "speedup", "decode", "queue", "memory", "per_s")
+# Columns of the final table that are measured, and so differ from run to run: times, and what was reused.
+_MEASURED = ("ttft", "tpot", "total", "e2e", "speedup", "decode", "queue", "memory", "per_s", "reuse")
+# Two questions about each text: what a killed engine had kept of one is gone.
+SHARED = {
+    "name": "grid",
+    "label": "shared",
+    "depths": 4,
+    "questions": [
+        {"needle": f"The code of {key} is {answer}.", "question": f"What is the code of {key}?",
+         "answers": [answer]}
+        for key, answer in (("lantern", "walnut"), ("harbor", "copper"))
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +132,10 @@ def _is(process: psutil.Process, title: str) -> bool:
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    """The final table without its times."""
+    """The final table without what is measured."""
     with (folder / "report.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    return [{k: v for k, v in line.items() if not any(part in k for part in _TIMES)} for line in lines]
+    return [{k: v for k, v in line.items() if not any(part in k for part in _MEASURED)} for line in lines]
 
 
 def differences(killed: Path, peaceful: Path) -> list[str]:
@@ -140,6 +153,9 @@ def differences(killed: Path, peaceful: Path) -> list[str]:
     first, second = answers(killed), answers(peaceful)
     if different := [key for key in first if first[key] != second.get(key)]:
         found.append(f"{len(different)} rows differ, the first is {different[0]}")
+    for folder in (killed, peaceful):
+        if not any(row.reused_tokens for row in read_rows(folder).values()):
+            found.append(f"{folder.name}: no sample reused anything of the one before")
     if table(killed) != table(peaceful):
         found.append("the final tables differ")
     return found
@@ -150,6 +166,7 @@ def run(
 ) -> tuple[list[Kill], list[str]]:
     """Both sweeps in `folder`: the kills, and the differences."""
     data = yaml.safe_load(config.read_text(encoding="utf-8"))
+    data["tasks"] = [*data["tasks"], SHARED]
     # A sample may be hit every time; how often it is tried changes no answer.
     data["attempts"] = kills + 1
     own = folder / "sweep.yaml"

@@ -20,7 +20,9 @@ from jobs.spec import load_sweep
 from jobs.work import Group, Prepared, Work, prepare
 from tests.fakes import FakeEngine
 
-UNMEASURED = {"engine", "run", "attempts", "finished_unix_s", "queue_s", "ttft_s", "decode_s", "total_s"}
+# Measured: by whom, when, and what of a shared context the engine still had at the time.
+UNMEASURED = {"engine", "run", "attempts", "finished_unix_s", "queue_s", "ttft_s", "decode_s", "total_s",
+              "reused_tokens", "reused_flops"}  # fmt: skip
 
 
 class SweptEngine:

@@ -9,20 +9,25 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 from rich.console import Console
 
-from jobs import palette, plots, report, wording
+from jobs import palette, plots, provenance, report, wording
+from jobs.aligned import aligned
 from jobs.columns import LINE_FIELDS, SAMPLE_FIELDS
 from jobs.drilldown import drilldown
+from jobs.facts import facts
 from jobs.record import read_plan, read_rows
 from jobs.report import write_report
 from jobs.stats import holm, mean_interval, paired_difference
 from jobs.summary import load
 from jobs.tasks import FAMILIES, get_task
+from jobs.tasks.needle import NeedleTask
 from spts.errors import ConfigError
 from tests.jobs.made_up import change_plan, next_version, write_results
 from tests.jobs.many_tasks import FAMILY, NAMES
@@ -76,7 +81,7 @@ def small(tmp_path_factory):
         answers={"spts/single-4096-0-3": EVIL},
         errors={"recency/single-4096-0-1": "internal: <b>rank</b> died\x07"},
     )
-    write_report(folder)
+    write_report(load(folder))
     return folder
 
 
@@ -182,7 +187,7 @@ def test_the_page_says_what_the_numbers_say(small):
 
 
 def test_the_page_is_the_same_every_time(small, fresh):
-    write_report(fresh)
+    write_report(load(fresh))
     first = (small / "report.html").read_text().replace("small/", "")
     assert (fresh / "report.html").read_text().replace("copy/", "") == first
 
@@ -200,7 +205,7 @@ def test_markdown_tables_have_as_many_cells_as_their_heads(small):
 
 def test_labels_cannot_break_a_table(fresh):
     change_plan(fresh, cell=lambda one: replace(one, label="re|cen<i>cy") if one.label == "recency" else one)
-    write_report(fresh)
+    write_report(load(fresh))
     assert "| re\\|cen&lt;i>cy |" in (fresh / "report.md").read_text()
     page = Page((fresh / "report.html").read_text())
     assert "i" not in page.tags
@@ -220,7 +225,7 @@ def test_the_terminal_table_fits_80_columns(small):
 
 def test_an_unfinished_sweep_says_so(tmp_path):
     write_results(tmp_path, lengths=(1024,), count=3, unfinished=5)
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     message = "Incomplete: 43 of 48 samples are done."
     assert message in Page((tmp_path / "report.html").read_text()).text
     assert message in (tmp_path / "report.md").read_text()
@@ -228,7 +233,7 @@ def test_an_unfinished_sweep_says_so(tmp_path):
 
 def test_a_sweep_without_dense_has_no_differences(tmp_path):
     write_results(tmp_path, methods=("spts", "random"), lengths=(1024,), count=3)
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     (model,) = load(tmp_path).models
     assert model.baseline is None
     assert all(line.delta is None and line.costs.speedup is None for line in model.overall.values())
@@ -237,7 +242,7 @@ def test_a_sweep_without_dense_has_no_differences(tmp_path):
 
 def test_one_method_alone(tmp_path):
     write_results(tmp_path, methods=("dense",), tasks=("single",), lengths=(1000,), count=1)
-    page = write_report(tmp_path)
+    page = write_report(load(tmp_path))
     assert "dense" in Page(page.read_text()).text
 
 
@@ -246,7 +251,7 @@ def test_everything_failed(tmp_path):
     write_results(
         tmp_path, methods=("dense", "spts"), tasks=("single",), lengths=(64,), count=2, errors=errors
     )
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     line = load(tmp_path).models[0].overall["spts"]
     assert (line.score.value, line.failed, line.costs.flop_share, line.costs.ttft_s) == (0.0, 2, None, None)
     assert "4 samples failed" in Page((tmp_path / "report.html").read_text()).text
@@ -258,6 +263,36 @@ def test_another_version_of_a_task_is_refused(fresh):
     with pytest.raises(
         ConfigError, match=f"must be {version} to be scored .*, got {version + 1} in the results"
     ):
+        load(fresh)
+
+
+def test_a_task_that_cannot_be_scored_leaves_the_others(fresh, monkeypatch, capsys):
+    """As one of lm-eval whose data is gone."""
+    before = load(fresh).models[0]
+    score = NeedleTask.score
+
+    def without_data(task, text, references, meta):
+        if task.name == before.tasks[-1]:
+            raise ConfigError("its data must be there, got none; restore it", field="tasks")
+        return score(task, text, references, meta)
+
+    monkeypatch.setattr(NeedleTask, "score", without_data)
+    (model,) = load(fresh).models
+    left = before.tasks[:-1]
+    assert left
+    for label in model.labels:
+        for task in left:
+            assert model.by_task[label, task] == before.by_task[label, task]
+        assert (label, before.tasks[-1]) not in model.by_task
+    assert report.main([str(fresh)]) == 2
+    message = f"Task {before.tasks[-1]} is not scored and in no number: its data must be there"
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in Page((fresh / "report.html").read_text()).text
+    assert "Incomplete" not in (fresh / "report.md").read_text()
+    monkeypatch.setattr(
+        NeedleTask, "score", lambda *args: without_data(replace(args[0], name=before.tasks[-1]), *args[1:])
+    )
+    with pytest.raises(ConfigError, match="its data must be there"):
         load(fresh)
 
 
@@ -309,8 +344,12 @@ def test_words_for_numbers():
     assert wording.seconds(0.0123) == "12 ms"
     assert wording.seconds(0.9996) == "1.00 s"
     assert wording.visible("a\tb\u202ec\nd") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c⏎d"
-    assert plots.short_length(4096) == "4K"
-    assert plots.short_length(1000) == "1000"
+    sizes = {3 * 2**30: "3.00 GiB", 300 * 2**10: "300 KiB", 1023.7 * 2**20: "1.00 GiB", 12: "12 B"}
+    assert {size: wording.bytes_text(size) for size in sizes} == sizes
+    assert aligned([("a", "10"), ("bc", "9")]) == ["a   10", "bc   9"]
+    assert aligned([("", "word"), ("1", "a")], left=(1,)) == [" " + "  word", "1  a"]
+    assert wording.short_length(4096) == "4K"
+    assert wording.short_length(1000) == "1000"
 
 
 def test_times_of_different_runs_are_not_compared(fresh):
@@ -351,7 +390,7 @@ def test_prompts_that_reused_something_have_no_time_of_their_own(tmp_path):
     assert costs.flop_share == pytest.approx(0.44)
     assert costs.done_share == pytest.approx(0.44 * (1 - 0.25 * 6 / 8), rel=1e-3)
     assert "6 of 8 with spts" in " ".join(wording.warnings(load(tmp_path)))
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     assert "after reuse" in Page((tmp_path / "report.html").read_text()).text
 
 
@@ -375,7 +414,7 @@ def test_gains_from_shorter_answers_are_shown_as_such(tmp_path):
     assert "spts 89 % shorter" in " ".join(wording.warnings(load(tmp_path))).replace(
         "\N{NO-BREAK SPACE}", " "
     )
-    page = Page((write_report(tmp_path)).read_text()).text
+    page = Page((write_report(load(tmp_path))).read_text()).text
     assert "so a part of this is not speed" in page
 
 
@@ -391,10 +430,26 @@ def test_samples_that_follow_tokens_score_by_rank(tmp_path, monkeypatch):
     costs = model.overall["random"].costs
     assert costs.rank_mean == pytest.approx(sum(ranks) / 48)
     assert costs.kl_nats == pytest.approx(0.01 * sum(ranks) / 48)
-    assert "KL, nats" in Page(write_report(tmp_path).read_text()).text
+    assert "KL, nats" in Page(write_report(load(tmp_path)).read_text()).text
     out = io.StringIO()
     report.terminal(load(tmp_path), Console(width=80, file=out))
     assert "agreement with dense" in out.getvalue()
+
+
+def test_samples_that_follow_tokens_have_no_times(tmp_path):
+    """Dense runs beside them, for every method: neither these times nor their ratios are the method's."""
+    write_results(tmp_path, methods=("dense", "spts"), tasks=("single", "twohop"), lengths=(1024,), count=6,
+                  follows=("single",))  # fmt: skip
+    (model,) = load(tmp_path).models
+    followed, answered = model.by_task["spts", "single"].costs, model.by_task["spts", "twohop"].costs
+    for name in ("ttft_s", "tpot_s", "total_s", "speedup", "e2e_speedup", "equal_speedup"):
+        assert getattr(followed, name) is None, name
+        assert getattr(answered, name) > 0, name
+        assert getattr(model.overall["spts"].costs, name) == getattr(answered, name), name
+    assert followed.peak_memory_bytes is None
+    assert followed.flop_share == pytest.approx(0.44)
+    assert followed.rank_mean is not None
+    write_report(load(tmp_path))
 
 
 def test_parquet_holds_the_rows_and_the_lines(small):
@@ -441,7 +496,7 @@ def bench(monkeypatch):
 
 def test_many_tasks_have_a_table_and_a_mean(bench, tmp_path):
     write_results(tmp_path, tasks=NAMES[1:], lengths=(8192,), count=4)
-    write_report(tmp_path)
+    write_report(load(tmp_path))
     (model,) = load(tmp_path).models
     means = [model.by_task["spts", task].score.value for task in NAMES[1:]]
     family = model.families["spts", "bench"]
@@ -463,7 +518,7 @@ def test_many_tasks_have_a_table_and_a_mean(bench, tmp_path):
 def test_many_methods_are_numbered_and_told_apart(tmp_path):
     methods = ("dense", *(f"spts, skips from layer {number}" for number in range(1, 20)))
     write_results(tmp_path, methods=methods, tasks=("single",), lengths=(1024, 2048), count=3)
-    text = Page(write_report(tmp_path).read_text()).text
+    text = Page(write_report(load(tmp_path)).read_text()).text
     (model,) = load(tmp_path).models
     chosen = list(palette.colours(model).values())
     assert len({colour for colour, _ in chosen}) == 20, "no two share a colour"
@@ -511,8 +566,32 @@ def test_of_too_many_samples_the_most_telling_are_shown(small):
 def test_provenance_is_told(small):
     text = Page((small / "report.html").read_text(encoding="utf-8")).text
     for part in ("weights ffffffffffffffffffff", "dtype float32", "1 prompt(s) in flight in each", "97 %",
-                 "12.8 samples/s", "haystack", "seeds 0", "cpu, 1 rank(s) an engine"):  # fmt: skip
+                 "12.8 samples/s", "haystack", "seeds 0", "cpu, 1 rank(s) an engine",
+                 "made-up attention"):  # fmt: skip
         assert part in text.replace("\N{NO-BREAK SPACE}", " "), part
+
+
+def test_provenance_tells_of_every_start_that_has_rows(fresh):
+    rows = fresh / "rows" / "engine-0.jsonl"
+    head, tail = rows.read_text().split("\n", 1)
+    rows.write_text(head.replace('"run": "r0"', '"run": "r1"') + "\n" + tail)
+    (start,) = provenance.read(fresh)
+    engine = {**start["engine"], "device": "cuda", "accelerator": "a large accelerator"}
+    versions = {**start["versions"], "torch": "0.0.1"}
+    provenance.append(fresh, {**start, "run": "r1", "engine": engine, "versions": versions})
+    told = dict(facts(load(fresh)))
+    first, second = told["versions"].split("; ")
+    assert f"torch {start['versions']['torch']}" in first
+    assert "torch 0.0.1" in second
+    scorers = ", ".join(
+        f"{name} {version(name)}" for name in ("jieba", "rouge", "rapidfuzz", "lm_eval", "datasets")
+    )
+    assert scorers in told["scored by"]
+    assert scorers in first
+    root = Path(report.__file__).parents[1]
+    assert f"sources {provenance.code_hash(root)}" in told["scored by"]
+    assert told["device"] == "cpu, 1 rank(s) an engine; a large accelerator, 1 rank(s) an engine"
+    assert "different hardware" in " ".join(wording.warnings(load(fresh)))
 
 
 def test_predicted_time_is_dense_time_by_flop_share(small):

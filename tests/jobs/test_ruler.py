@@ -273,8 +273,27 @@ def test_same_arguments_same_samples(name, draw):
     samples = draw(name, length=1500, seed=7)
     assert draw(name, length=1500, seed=7, count=5)[:3] == samples
     others = draw(name, length=1500, seed=8) + draw(name, length=1600, seed=7)
-    assert len({sample.id for sample in samples + others}) == 9
     assert len({sample.prompt for sample in samples + others}) == 9
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_samples_that_ask_the_same_have_one_name(name, draw):
+    """Intervals resample by name: what asks the same at two lengths is no two independent samples."""
+    by_seed = {
+        seed: draw(name, length=1500, seed=seed) + draw(name, length=1600, seed=seed) for seed in (7, 8)
+    }
+    for samples in by_seed.values():
+        assert len({sample.id for sample in samples[:3]}) == 3
+        for short, long in zip(samples[:3], samples[3:], strict=True):
+            assert short.id == long.id
+            if name not in ("cwe", "fwe", "niah_multikey_2", "niah_multikey_3"):  # more words, more needles
+                assert short.references == long.references
+    names = [{sample.id for sample in samples} for samples in by_seed.values()]
+    if name in ("qa_1", "qa_2"):
+        assert names[0] == names[1]
+        assert [s.references for s in by_seed[7]] == [s.references for s in by_seed[8]]
+    else:
+        assert not names[0] & names[1]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -8,6 +8,8 @@ import time
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from jobs.stats import (
     Column,
@@ -243,8 +245,48 @@ def test_a_mean_of_means_counts_every_task_the_same():
     assert (estimate.count, estimate.clusters) == (450, 450)
     error = math.sqrt(large.var() / 400 + small.var() / 50) / 2
     assert estimate.high - estimate.low == pytest.approx(2 * Z * error, rel=0.05)
-    (certain,) = means_of_means([[Column.of([1.0] * 5), Column.of([1.0] * 5)]])
-    assert (certain.low, certain.high) == pytest.approx(wilson(10, 10))
+
+
+def test_a_task_that_is_always_right_is_no_certainty_in_a_mean():
+    (estimate,) = means_of_means([[Column.of([1.0] * 3), Column.of([1.0, 1.0, 0.0])]])
+    below = math.hypot(1 - wilson(3, 3)[0], 2 / 3 - wilson(2, 3)[0]) / 2
+    above = (wilson(2, 3)[1] - 2 / 3) / 2
+    assert estimate.value == pytest.approx(5 / 6)
+    assert (estimate.low, estimate.high) == pytest.approx((5 / 6 - below, 5 / 6 + above))
+    (alone,) = means_of_means([[Column.of([1.0] * 3)]])
+    assert (alone.low, alone.high) == pytest.approx(wilson(3, 3))
+
+
+def test_a_mean_over_sure_and_unsure_tasks_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(18)
+    chances = (0.97, 0.97, 0.97, 0.5)  # the first three are often right every time
+    drawn = [[Column.of((rng.random(20) < chance).astype(float)) for chance in chances] for _ in range(400)]
+    covered = sum(one.low <= np.mean(chances) <= one.high for one in means_of_means(drawn))
+    assert covered / 400 > 0.93
+
+
+_VALUES = st.one_of(
+    st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]), st.floats(0, 1, width=32)
+)
+_PAIRS = st.lists(st.tuples(_VALUES, _VALUES, st.integers(0, 4)), min_size=1, max_size=12)
+
+
+def holds_its_value(estimate):
+    low, value, high = estimate.low - 1e-9, estimate.value, estimate.high + 1e-9
+    return -1 - 1e-9 <= low <= value <= high <= 1 + 2e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(_PAIRS)
+@example([(1.0, 0.0, 0), (0.0, 0.0, 0), (1.0, 0.0, 1), (0.0, 0.0, 1)])
+def test_an_interval_holds_its_own_mean(pairs):
+    scores, baseline, contexts = (list(column) for column in zip(*pairs, strict=True))
+    for clusters in (None, contexts):
+        assert holds_its_value(mean_interval(scores, clusters))
+        assert holds_its_value(paired_difference(scores, baseline, clusters))
+        column = Column.of(scores, clusters)
+        for one in means_of_means([[column, Column.of(baseline)], [column]]):
+            assert holds_its_value(one)
 
 
 def test_ten_thousand_samples_of_four_methods_take_seconds():

@@ -21,7 +21,9 @@ from jobs.cells import plan_models
 from jobs.record import locked, read_plan, read_rows
 from jobs.spec import load_sweep, output_folder
 from jobs.sweep import main
+from jobs.work import Fewer
 from tests import fakes
+from tests.cluster.tiny import write_model
 from tests.jobs.swept import SweptEngine, answers, made
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -156,6 +158,45 @@ def test_agreement_with_dense_is_swept_like_an_answer(fake_cluster, config, writ
     printed = capsys.readouterr().out
     assert f"score so far: dense {100 * sum(shares) / 6:.0f}" in printed, "all fakes answer alike"
     assert "agreement with dense, per token" in printed
+
+
+def test_a_sweep_scores_its_answers_once_for_the_report(fake_cluster, config, write_config, monkeypatch):
+    import jobs.summary
+
+    scored = []
+    score_rows = jobs.summary.score_rows
+    monkeypatch.setattr(jobs.summary, "score_rows", lambda *args: scored.append(1) or score_rows(*args))
+    assert main(["--config", str(write_config(config))]) == 0
+    assert len(scored) == 1
+
+
+def test_a_task_that_one_model_s_tokens_leave_short_is_told_whatever_model_comes_last(
+    config, write_config, tiny_model, tmp_path, monkeypatch, capsys
+):
+    """The last model of a sweep has all samples: what an earlier one lacks is still said."""
+    from jobs import sweep
+
+    other = write_model(tmp_path / "other", seed=1)
+    config["model"] = [config["model"], str(other)]
+    whole = sweep.prepare
+
+    def prepare(plans, *args, **kwargs):
+        prepared, _ = whole(plans, *args, **kwargs)
+        short = Fewer(task="single", length=340, wanted=2, got=1)
+        return prepared, [short] if plans[0].name == tiny_model.name else []
+
+    monkeypatch.setattr(sweep, "prepare", prepare)
+    assert main(["--config", str(write_config(config)), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "single at 340 tokens has 1 samples, 2 were asked for" in printed
+    assert "in all 48 samples, " in printed
+
+
+def test_a_sweep_starts_without_what_only_its_report_needs():
+    heavy = "{'matplotlib', 'scipy', 'pyarrow', 'torch'}"
+    code = f"import sys, jobs.sweep; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_sweep_in_which_everything_fails_is_a_failure(fake_cluster, config, write_config):

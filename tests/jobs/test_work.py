@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import jobs.spec
+from jobs import forecast
+from jobs.progress import clock_time
 from jobs.prompts import Prompts
 from jobs.record import read_plan
 from jobs.spec import load_sweep
@@ -84,6 +86,41 @@ def test_predicted_cost(prepared):
     for work in one.work:
         dense = dense_flops(one.plans[0].shape, work.num_tokens).total
         assert work.flops == dense if work.cell.record.label == "dense" else work.flops < 0.8 * dense
+
+
+def test_what_questions_share_is_counted_once(prepared):
+    questions = [
+        {
+            "needle": f"The code of {key} is walnut.",
+            "question": f"What is the code of {key}?",
+            "answers": ["walnut"],
+        }
+        for key in ("lantern", "harbor")
+    ]
+    one = prepared(tasks=[{"name": "grid", "depths": 2, "questions": questions}], lengths=[420], samples=4)
+    shape = one.plans[0].shape
+    (ready,) = one.prepared
+    for group in ready.groups:
+        first, second = group.members
+        whole = dense_flops(shape, second.num_tokens).total
+        kept = dense_flops(shape, group.prefix_tokens).total
+        assert group.prefix_tokens > 300
+        if group.cell.record.label == "dense":  # all layers of the beginning are kept
+            assert first.flops == dense_flops(shape, first.num_tokens).total
+            # The cost of the prefix alone, less its last token's logits, which nobody computes.
+            assert (
+                whole - kept
+                <= second.flops
+                < 1.02 * (whole - kept) + 2 * shape.hidden_size * shape.vocab_size
+            )
+        assert second.flops < first.flops
+    cost = ready.costs["dense", 420]
+    groups = [group for group in ready.groups if group.cell.record.label == "dense"]
+    assert cost.flops - cost.reused_flops == pytest.approx(sum(group.flops for group in groups))
+    seconds = (sum(each.flops - each.reused_flops for each in ready.costs.values())) / 1e6
+    assert forecast.total(one.prepared, flops_per_s=1e6).endswith(f", {clock_time(seconds)} of prefill")
+    row = next(line for line in forecast.table(ready, flops_per_s=1e6) if line.startswith("dense"))
+    assert row.split()[-1] == clock_time((cost.flops - cost.reused_flops) / 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
