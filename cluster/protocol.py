@@ -188,9 +188,9 @@ class EngineInfo:
     """What an engine runs, and on what; versions, attention and accelerator are rank 0's.
 
     max_context: prompt plus new tokens. versions: package name -> version. attention: what computes it.
-    accelerator: name of the device, None = the CPU. proxy: size of the model's FFN proxies; None = it has none. kv_bytes_limit: bytes on each rank for
-    requests and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many
-    tokens; None = a prefill is never sliced.
+    accelerator: name of the device, None = the CPU. proxy: size of the model's FFN proxies; None = it has
+    none. kv_bytes_limit: bytes on each rank for requests and documents. slice_tokens: a slice of a prefill
+    costs at most a dense prefill of so many tokens; None = a prefill is never sliced.
     """
 
     model_name: str

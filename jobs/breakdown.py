@@ -123,7 +123,9 @@ def clocked(model: SptsModel) -> Iterator[Clock]:
                 for name, kind in linears.items():
                     linear = getattr(getattr(layer.block, block), name)
                     undo.enter_context(patch.object(linear, "forward", clock.timed(kind, linear.forward)))
-            undo.enter_context(patch.object(layer, "prefill", clock.timed_layer(layer.index, layer.prefill)))
+            for way in ("dense", "prefill"):
+                call = clock.timed_layer(layer.index, getattr(layer, way))
+                undo.enter_context(patch.object(layer, way, call))
         yield clock
 
 

@@ -16,10 +16,9 @@ from jobs.load.summary import Line, Spread, Summary
 from jobs.markdown import cell_text, table
 from jobs.options import write_json
 from jobs.page import environment
-from jobs.plots import short_length
 from jobs.record import write_file
 from jobs.terminal import new_table
-from jobs.wording import bytes_text, number, percent, seconds
+from jobs.wording import bytes_text, number, percent, seconds, short_length
 
 HEAD = ("prompt", "method", "n", "TTFT p50", "p90", "p99", "gap p50", "p90", "p99", "longest",
         "e2e p50", "p90", "p99", "score, %")  # fmt: skip

@@ -10,13 +10,14 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 import spts
 from cluster.local import local_ray
 from cluster.protocol import EngineError
-from jobs import provenance
+from jobs import provenance, scoring
 from jobs.cells import plan_models
 from jobs.record import locked, read_plan, read_rows
 from jobs.spec import load_sweep, output_folder
@@ -163,22 +164,21 @@ def test_agreement_with_dense_is_swept_like_an_answer(fake_cluster, config, writ
 def test_a_sweep_scores_its_answers_once_for_the_report(fake_cluster, config, write_config, monkeypatch):
     import jobs.summary
 
-    scored = []
-    score_rows = jobs.summary.score_rows
-    monkeypatch.setattr(jobs.summary, "score_rows", lambda *args: scored.append(1) or score_rows(*args))
+    score_rows = MagicMock(wraps=scoring.score_rows)
+    monkeypatch.setattr(jobs.summary, "score_rows", score_rows)
     assert main(["--config", str(write_config(config))]) == 0
-    assert len(scored) == 1
+    assert score_rows.call_count == 1
 
 
 def test_a_task_that_one_model_s_tokens_leave_short_is_told_whatever_model_comes_last(
     config, write_config, tiny_model, tmp_path, monkeypatch, capsys
 ):
     """The last model of a sweep has all samples: what an earlier one lacks is still said."""
-    from jobs import sweep
+    from jobs import sweep, work
 
     other = write_model(tmp_path / "other", seed=1)
     config["model"] = [config["model"], str(other)]
-    whole = sweep.prepare
+    whole = work.prepare
 
     def prepare(plans, *args, **kwargs):
         prepared, _ = whole(plans, *args, **kwargs)
