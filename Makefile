@@ -50,12 +50,12 @@ load: $(INSTALLED) ## 64 streams of mixed lengths for two minutes on the endpoin
 	"$(BIN)/python" -m jobs.load --serve ray_config.yaml --streams 64 --seconds 120 --ignore-eos \
 		--out results/load $(ARGS)
 
-# Short prompts that decode for long beside 8K prompts that the model reads a layer at a time, then all at once.
+# Short prompts that decode for long beside 8K prompts whose prefills are sliced, then not.
 SLICES := --serve ray_config.yaml --streams 6 --seconds 90 --lengths 256:0.75,8192:0.25 --max-tokens 64 --ignore-eos
 slices: $(INSTALLED) ## What slicing prefills by layer does for short prompts: two loads, compared
-	"$(BIN)/python" -m jobs.load $(SLICES) --set engines.default.layers_per_step=1 --out results/slices/1 $(ARGS)
-	"$(BIN)/python" -m jobs.load $(SLICES) --set engines.default.layers_per_step=12 --out results/slices/12 $(ARGS)
-	"$(BIN)/python" -m jobs.load --compare results/slices/1 results/slices/12
+	"$(BIN)/python" -m jobs.load $(SLICES) --set engines.default.slice_tokens=512 --out results/slices/on $(ARGS)
+	"$(BIN)/python" -m jobs.load $(SLICES) --set engines.default.slice_tokens=null --out results/slices/off $(ARGS)
+	"$(BIN)/python" -m jobs.load --compare results/slices/on results/slices/off
 
 test: $(INSTALLED) ## All tests; make test ARGS="-m 'not slow' tests/spts" runs fewer
 	"$(BIN)/python" -m pytest $(ARGS)

@@ -2,7 +2,7 @@
 refused in form.
 
     python -m jobs.load --url http://127.0.0.1:8000 --streams 64 --seconds 120 --out results/load
-    python -m jobs.load --serve ray_config.yaml --set engines.default.layers_per_step=12 --out results/whole
+    python -m jobs.load --serve ray_config.yaml --set engines.default.slice_tokens=null --out results/whole
     python -m jobs.load --compare results/load results/whole
 
 --serve starts the endpoint of a deployment file on loopback, and ends it. The key of an endpoint that asks

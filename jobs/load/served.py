@@ -35,7 +35,7 @@ def changed_config(path: Path, changes: Sequence[str], *, port: int) -> dict[str
     """A deployment file's content with other values, and on this port of the loopback address.
 
     changes: KEY=VALUE each, KEY below the application's `args`, dots between, VALUE as YAML:
-    "engines.default.layers_per_step=12". Raises ConfigError for one that is not of this form; whether the
+    "engines.default.slice_tokens=null". Raises ConfigError for one that is not of this form; whether the
     outcome is valid is for `check_ray_config` to say.
     """
     data: Any = read_yaml(path)

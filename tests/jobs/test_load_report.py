@@ -129,17 +129,17 @@ def test_the_terminal_is_not_outgrown():
 def test_two_runs_are_compared(tmp_path, capsys):
     for name, slow, layers in (("one", 1.0, 1), ("two", 2.0, 12)):
         (tmp_path / name).mkdir()
-        save(made_up(slow=slow, changed=(f"engines.default.layers_per_step={layers}",)), tmp_path / name)
+        save(made_up(slow=slow, changed=(f"engines.default.slice_tokens={layers}",)), tmp_path / name)
     assert main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     page = Page((tmp_path / "two" / "compare.html").read_text())
     markdown = (tmp_path / "two" / "compare.md").read_text()
-    assert "| engines.default.layers_per_step | 1 | 12 |" in markdown
+    assert "| engines.default.slice_tokens | 1 | 12 |" in markdown
     [row] = [line for line in markdown.splitlines() if line.startswith("| TTFT, 512 dense")]
     assert row.endswith("| 1.25 s | 2.50 s | 1.50 s | 2.99 s | 1.50 s | 3.00 s | 0.50× |")
     assert "TTFT, 512 while 8K waits" in page.text
     assert not page.sources
     printed = capsys.readouterr().out
-    assert "layers_per_step" in printed
+    assert "slice_tokens" in printed
     assert "TTFT, 512 while" in printed
 
 
@@ -166,16 +166,16 @@ def test_progress_counts_and_says_the_first_faults():
 
 def test_a_configuration_is_changed_where_it_is_said():
     path = REPOSITORY / "ray_config.yaml"
-    changes = ["engines.default.layers_per_step=12", "request_timeout_s=30.5"]
+    changes = ["engines.default.slice_tokens=12", "request_timeout_s=30.5"]
     data = changed_config(path, changes, port=4321)
     args = data["applications"][0]["args"]
-    assert args["engines"]["default"]["layers_per_step"] == 12
+    assert args["engines"]["default"]["slice_tokens"] == 12
     assert args["request_timeout_s"] == 30.5
     assert data["http_options"] == {"host": "127.0.0.1", "port": 4321}
 
 
 @pytest.mark.parametrize(
-    "change", ["engines.default.layers_per_step", "engines.other.dtype=x", "pools.0.engine=x"]
+    "change", ["engines.default.slice_tokens", "engines.other.dtype=x", "pools.0.engine=x"]
 )
 def test_a_change_of_nothing_is_refused(change):
     with pytest.raises(ConfigError, match="set must be KEY=VALUE"):
