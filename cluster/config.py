@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -288,10 +288,26 @@ def load_yaml(path: str | Path, model: type[Model]) -> Model:
     return parse(read_yaml(path), model, source=str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data, and no key twice in a mapping: PyYAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping's keys and values; keys that come from `<<` may be given again."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} twice in a mapping", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_yaml(path: str | Path) -> object:
     """The plain data of a YAML file. Raises ConfigError."""
     try:
-        return yaml.safe_load(Path(path).read_bytes())  # YAML says itself how its bytes are to be read
+        return yaml.load(Path(path).read_bytes(), _Loader)  # YAML says itself how its bytes are to be read
     except OSError as error:
         raise ConfigError(
             f"{path} must be a readable YAML file, got {error.strerror}; check the path", field="config"

@@ -1,8 +1,8 @@
 """What a sweep leaves on disk: plan, rows, provenance. Plain files, read without a cluster.
 
     <results>/
-        plan.jsonl         what the last start of the sweep asked for: a line with name and cells, then a line
-                           per sample
+        plan.jsonl         what the last start of the sweep asked for: a line with name and cells, a line per
+                           sample, a line with their number
         rows/*.jsonl       raw answers, one JSON object a line, appended as soon as each is there
         provenance.jsonl   lines per start of the sweep: command, code, versions, hardware; how it ended
         prompts.bin        only while a sweep runs: the rendered prompts, token ids as int32
@@ -38,6 +38,7 @@ SCHEMA_VERSION = 2
 _ROWS = "rows"
 _PLAN = "plan.jsonl"
 _PLAN_OF_SCHEMA_1 = "plan.json"
+_NUM_SAMPLES = "num_samples"
 
 
 def _doc(text: str, **kwargs: Any) -> Any:
@@ -240,6 +241,7 @@ class PlanWriter:
         with writing(self._path):
             self._file = self._new.open("wb")
             self._end = self._file.write(to_line(head))
+        self._num = 0
         self._reader: BinaryIO | None = None
 
     def add(self, sample: PlannedSample) -> int:
@@ -247,6 +249,7 @@ class PlanWriter:
         place = self._end
         with writing(self._path):
             self._end += self._file.write(to_line(vars(sample)))
+        self._num += 1
         return place
 
     def sample(self, place: int) -> PlannedSample:
@@ -259,6 +262,7 @@ class PlanWriter:
         """Replaces the folder's plan at one stroke, and writes the folder's README beside it."""
         path = self._path
         with writing(path):
+            self._file.write(to_line({_NUM_SAMPLES: self._num}))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._new.replace(path)
@@ -310,7 +314,7 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a results folder.
 
     Raises:
-        ConfigError: no plan there, or one of another schema.
+        ConfigError: no plan there, one of another schema, or one that is not whole.
     """
     check_schema(folder)
     path = folder / _PLAN
@@ -319,8 +323,14 @@ def read_plan(folder: Path) -> Plan:
             f"results must be a folder of jobs.sweep, got {folder} without {_PLAN}; run the sweep first",
             field="results",
         )
-    lines = read_lines(path)
-    head = next(lines)
+    head, *lines = read_lines(path)
+    end = lines.pop() if lines else {}
+    if end != {_NUM_SAMPLES: len(lines)} or len({line["key"] for line in lines}) < len(lines):
+        raise ConfigError(
+            f"{path} must hold each sample once and end with their number, got {len(lines)} samples and the "
+            f"end {str(end)[:60]}; restore the file, or run the sweep again (answers that are there stay)",
+            field="results",
+        )
     return Plan(
         name=head["name"],
         cells=tuple(CellRecord(**cell) for cell in head["cells"]),

@@ -114,7 +114,7 @@ def demo_url(tmp_path_factory) -> Iterator[str]:
         yield address
     finally:
         os.killpg(served.pid, signal.SIGINT)
-        served.wait(90)
+        served.wait(240)
 
 
 def is_ready(address: str) -> bool:

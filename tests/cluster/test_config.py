@@ -16,6 +16,7 @@ from cluster.config import (
     load_yaml,
     parse,
     parse_method,
+    read_yaml,
 )
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -267,3 +268,13 @@ def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=r"bad.yaml must be YAML"):
             load_yaml(tmp_path / "bad.yaml", AppConfig)
+
+
+def test_a_key_that_is_given_twice_is_refused_but_a_merged_one_may_be(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("samples: 2\nseeds: [0]\nsamples: 5\n")
+    with pytest.raises(ConfigError, match="key 'samples' twice in a mapping"):
+        read_yaml(path)
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\nd: *b\n")
+    merged = {"x": 1, "y": 3}
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": merged, "c": {"x": 4, "y": 3}, "d": merged}

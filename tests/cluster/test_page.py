@@ -65,7 +65,7 @@ def tab(tmp_path) -> Iterator[Tab]:
 def give_key(tab: Tab) -> None:
     """What a reader does who is asked for a key; nothing but its absence has gone wrong until then."""
     tab.wait("document.querySelector('#key-label:not([hidden])') !== null")
-    assert "Authorization header must be 'Bearer KEY'" in tab.text()
+    tab.wait("document.body.innerText.includes(\"Authorization header must be 'Bearer KEY'\")")
     assert all("401" in fault for fault in tab.faults)
     tab.faults.clear()
     tab.value(f"$('key').value = '{KEY}'; $('key').dispatchEvent(new Event('change'))")
