@@ -60,18 +60,26 @@ class Dispatcher:
         self._tokenizer = tokenizer
         self._methods = [parse_method(pool.method) for pool in config.pools]
         self._infos: dict[str, EngineInfo] = {}
+        self._asks: dict[str, asyncio.Task[EngineError | None]] = {}
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt plus answer of any engine, in tokens; None until an engine has told."""
-        return max((info.max_context for info in self._infos.values()), default=None)
+        """Longest prompt plus answer of any engine, in tokens; None until every engine has told."""
+        if len(self._infos) < len(self._engines):
+            return None
+        return max(info.max_context for info in self._infos.values())
 
-    async def longest(self) -> int:
-        """`max_context`, asked for if need be. Raises EngineError "unavailable" while no engine can tell."""
-        if self.max_context is None:
-            told = await asyncio.gather(*map(self._info, self._engines), return_exceptions=True)
-            if self.max_context is None:
-                raise next(error for error in told if isinstance(error, BaseException))
+    async def longest(self, *, wait: bool = False) -> int | None:
+        """`max_context`; engines that have not told are asked. wait: for all of them; else for none, as soon
+        as one has told. Raises EngineError "unavailable" while no engine can tell."""
+        for name in self._engines:
+            if name not in self._infos and name not in self._asks:
+                self._asks[name] = asyncio.create_task(self._ask(name))
+        asks = [*self._asks.values()]
+        if asks and (wait or not self._infos):
+            await asyncio.wait(asks)
+        if not self._infos:
+            raise next(error for ask in asks if (error := ask.result()))
         return self.max_context
 
     async def ready(self) -> dict[str, bool]:
@@ -131,9 +139,10 @@ class Dispatcher:
                 request_id=f"{request_id}-{index}",
                 token_ids=token_ids,
                 method=method,
-                # "As many as fit" is at least one, so that a prompt that fills the context is refused, with
-                # counts.
-                max_new_tokens=max(1, info.max_context - len(token_ids)) if limit is None else limit,
+                # At least one, so that a prompt that fills the context is refused, with counts.
+                max_new_tokens=max(1, min(self._config.default_max_tokens, info.max_context - len(token_ids)))
+                if limit is None
+                else limit,
                 sampling=_sampling(body, index),
                 deadline_s=self._config.request_timeout_s,
                 activity_bins=activity_bins,
@@ -226,7 +235,7 @@ class Dispatcher:
 
     def _check_limits(self, method: Method, *, own_schedule: bool) -> None:
         """Raise ApiError for a choice that the configuration does not leave to requests."""
-        allowed, least = self._config.allowed_methods, self._config.min_budget_tokens
+        allowed = self._config.allowed_methods
         if method.name not in allowed:
             names = ", ".join(allowed) or "none: this server chooses by the prompt's length"
             raise ApiError(
@@ -236,6 +245,7 @@ class Dispatcher:
             )
         if not own_schedule:
             return
+        least, most = self._config.min_budget_tokens, self._config.most_budget_tokens
         schedule: Schedule = method.schedule  # type: ignore[attr-defined]  # dense brought none
         for stage in schedule.stages:
             budget = min(stage.active_tokens, stage.keep_tokens or stage.active_tokens)
@@ -245,6 +255,15 @@ class Dispatcher:
                     f"spts.schedule must have budgets of at least {least} tokens, got {budget} up to layer "
                     f"{stage.last_layer}; raise it",
                     "spts",
+                )
+            # A layer that skips is computed at once (`spts.prefill`): with a budget of nearly the whole
+            # prompt, running answers would wait for a whole dense layer.
+            if most is not None and stage.active_tokens > most:
+                raise ApiError(
+                    "invalid_request",
+                    f"spts.schedule.active_tokens must be at most {most}, got {stage.active_tokens} up to layer "
+                    f"{stage.last_layer}; lower it, or choose dense",
+                    "spts.schedule.active_tokens",
                 )
 
     # -- engines ---------------------------------------------------------------------------------------------
@@ -287,6 +306,16 @@ class Dispatcher:
         if name not in self._infos:
             self._infos[name] = await _soon(self._engines[name].info())
         return self._infos[name]
+
+    async def _ask(self, name: str) -> EngineError | None:
+        """Have the engine say what it runs; returns why it does not."""
+        try:
+            await self._info(name)
+        except EngineError as error:
+            return error
+        finally:
+            del self._asks[name]
+        return None
 
     async def _is_ready(self, name: str) -> bool:
         try:

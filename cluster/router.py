@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -99,14 +100,12 @@ class Router:
 
     async def models(self) -> JSONResponse:
         """The one model that is served."""
-        with suppress(EngineError):  # while it loads, its context is null
-            await self._dispatcher.longest()
-        return JSONResponse({"object": "list", "data": [self._model_object()]})
+        return JSONResponse({"object": "list", "data": [await self._model_object()]})
 
     async def model(self, model: str) -> JSONResponse:
         """The model under its name, and 404 for any other."""
         self._check_model(model)
-        return JSONResponse(self._model_object())
+        return JSONResponse(await self._model_object())
 
     async def completions(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
@@ -136,7 +135,7 @@ class Router:
         return JSONResponse(
             {
                 "count": len(tokens),
-                "max_model_len": await self._dispatcher.longest(),
+                "max_model_len": await self._dispatcher.longest(wait=True),
                 "tokens": tokens,
                 "token_strs": [*map(self._tokenizer.token_text, tokens)] if body.return_token_strs else None,
             }
@@ -153,7 +152,9 @@ class Router:
     async def _read(self, http: HttpRequest) -> bytes:
         """The body, up to what the longest allowed batch of prompts could take, and within the deadline."""
         longest = await self._dispatcher.longest()
-        limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
+        limit = math.inf  # while an engine loads, it is not known what it takes
+        if longest is not None:
+            limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
         try:
             async with asyncio.timeout(self._config.request_timeout_s):
@@ -179,8 +180,8 @@ class Router:
 
     async def _check_length(self, num_characters: int, param: str) -> None:
         """Raise ApiError for a text so far over the context that counting its tokens would cost minutes."""
-        limit = BYTES_PER_TOKEN * await self._dispatcher.longest()
-        if num_characters > limit:
+        longest = await self._dispatcher.longest()
+        if longest is not None and num_characters > (limit := BYTES_PER_TOKEN * longest):
             raise ApiError(
                 "payload_too_large",
                 f"{param} must be at most {limit} characters, got {num_characters}; send less",
@@ -247,7 +248,9 @@ class Router:
             logger.error("request %s failed", request_id, exc_info=error)
         return known
 
-    def _model_object(self) -> dict[str, Any]:
+    async def _model_object(self) -> dict[str, Any]:
+        with suppress(EngineError):  # while an engine loads, the context is null
+            await self._dispatcher.longest(wait=True)
         return {
             "id": self._config.model_name,
             "object": "model",

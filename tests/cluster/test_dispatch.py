@@ -45,6 +45,25 @@ async def test_a_request_chooses_within_the_limits_of_the_configuration(folder):
         assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
 
 
+@pytest.mark.parametrize(("limits", "most"), [({}, 40), ({"max_budget_tokens": 60}, 60)])
+async def test_no_budget_of_a_request_is_larger_than_those_of_the_pools(folder, limits, most):
+    """A prompt's length less one is no budget: a whole dense layer would be computed at once."""
+    async with endpoint(folder, **limits) as (client, engine):
+        for budget, status in ((most, 200), (most + 1, 400), (99, 400)):
+            stages = [{"last_layer": 3, "active_tokens": budget, "keep_tokens": 200}]
+            spts = {"method": "spts", "schedule": {**SCHEDULE.to_dict(), "stages": stages}}
+            steps = len(engine.group.steps)
+            answer = await client.post(COMPLETIONS, json=completion(prompt=[7] * 100, spts=spts))
+            assert answer.status_code == status
+            if status == 400:
+                message = error_of(answer)["message"]
+                assert f"active_tokens must be at most {most}, got {budget} up to layer 3" in message
+                assert len(engine.group.steps) == steps
+    dense = [{"method": {"name": "dense"}}]
+    async with endpoint(folder, pools=dense) as (client, _):
+        assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
+
+
 async def test_what_a_choice_leaves_open_is_as_configured(folder):
     ablated = {**POOLS[1]["method"], "probe_tokens": 4}
     pools = [POOLS[0], {"method": ablated}]
@@ -96,8 +115,13 @@ class LosesReplicas(FakeEngine):
 
 
 @contextlib.asynccontextmanager
-async def two_engines(folder, pools, **engine):
-    engines = {name: {"model": str(folder), **engine} for name in ("short", "long")}
+async def two_engines(folder, pools, *, lengths=None, **engine):
+    """lengths: max_model_len by engine."""
+    lengths = lengths or {}
+    engines = {
+        name: {"model": str(folder), "max_model_len": lengths.get(name), **engine}
+        for name in ("short", "long")
+    }
     config = AppConfig.model_validate({"served_model_name": "tiny", "engines": engines, "pools": pools})
     fakes = {name: LosesReplicas(engine, step_s=0.002) for name, engine in config.engines.items()}
     for fake in fakes.values():
@@ -187,6 +211,32 @@ async def test_an_answer_that_has_begun_is_not_begun_again(folder):
         assert chunks
         assert last["error"]["code"] == "unavailable"
         assert len(fakes["long"].group.steps) == steps
+
+
+async def test_an_engine_that_loads_longer_than_others_is_waited_for_before_a_length_is_refused(
+    folder, monkeypatch
+):
+    monkeypatch.setattr("cluster.dispatch.ANSWER_S", 0.2)
+    lengths = {"short": 64, "long": 512}
+    long_text = {"prompt": "fox " * 300, "max_tokens": 2}  # more than 16 characters a token of the short one
+    async with two_engines(folder, SHORT_AND_LONG, lengths=lengths) as (client, fakes):
+        loaded = asyncio.Event()
+        info = fakes["long"].info
+
+        async def loading():
+            await loaded.wait()
+            return await info()
+
+        monkeypatch.setattr(fakes["long"], "info", loading)
+        assert (await client.get("v1/models")).json()["data"][0]["max_model_len"] is None
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == 200, "of the short one"
+        answer = await client.post(COMPLETIONS, json=completion(**long_text))
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
+        loaded.set()
+        assert (await client.post(COMPLETIONS, json=completion(**long_text))).status_code == 200
+        assert (await client.get("v1/models/tiny")).json()["max_model_len"] == 512
+        much = await client.post(COMPLETIONS, json=completion(prompt="x" * (16 * 512 + 1)))
+        assert much.status_code == 413
 
 
 async def test_an_overloaded_engine_is_said_to_be_so_not_left(folder):

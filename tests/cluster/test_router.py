@@ -89,13 +89,17 @@ async def test_16_tokens_by_default_as_in_the_openai_api(folder):
     assert answer["usage"]["completion_tokens"] == 16
 
 
-async def test_a_chat_fills_the_context_by_default(folder, tokenizer):
+async def test_a_chat_has_room_for_the_configured_answer_or_the_rest_of_the_context(folder):
     body = chat(messages=[{"role": "user", "content": "fox " * 60}])
     del body["max_tokens"]
-    async with endpoint(folder) as (client, _):
-        answer = (await client.post(CHAT, json=body)).json()
-    assert answer["usage"]["total_tokens"] == 512
-    assert answer["choices"][0]["finish_reason"] == "length"
+    for configured, total in ({"default_max_tokens": 5}, None), ({}, 512):
+        async with endpoint(folder, **configured) as (client, engine):
+            answer = (await client.post(CHAT, json=body)).json()
+            [sent] = [step.start for step in engine.group.steps if step.start is not None][1:]
+        usage = answer["usage"]
+        assert sent.max_new_tokens == usage["completion_tokens"]
+        assert usage["total_tokens"] == (total or usage["prompt_tokens"] + 5)
+        assert answer["choices"][0]["finish_reason"] == "length"
 
 
 async def test_the_pool_follows_the_exact_number_of_prompt_tokens(folder):
