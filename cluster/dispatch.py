@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that an engine may take to say that it is there; a replica that is still loading says nothing.
 ANSWER_S = 5.0
+# Seconds for which /ready says the same again: it asks every replica, and needs no key.
+READY_AGE_S = 1.0
 
 Value = TypeVar("Value")
 
@@ -61,6 +65,9 @@ class Dispatcher:
         self._methods = [parse_method(pool.method) for pool in config.pools]
         self._infos: dict[str, EngineInfo] = {}
         self._asks: dict[str, asyncio.Task[EngineError | None]] = {}
+        self._ready: dict[str, bool] = {}
+        self._ready_at = -math.inf
+        self._ready_lock = asyncio.Lock()
 
     @property
     def max_context(self) -> int | None:
@@ -83,21 +90,26 @@ class Dispatcher:
         return self.max_context
 
     async def ready(self) -> dict[str, bool]:
-        """For every engine, whether it produces tokens now."""
-        return dict(
-            zip(self._engines, await asyncio.gather(*map(self._is_ready, self._engines)), strict=True)
-        )
+        """For every engine, whether it produces tokens now, or did `READY_AGE_S` ago."""
+        async with self._ready_lock:
+            if time.monotonic() - self._ready_at >= READY_AGE_S:
+                answers = await asyncio.gather(*map(self._is_ready, self._engines))
+                self._ready = dict(zip(self._engines, answers, strict=True))
+                self._ready_at = time.monotonic()
+            return self._ready
 
     async def stats(self) -> dict[str, EngineStats]:
         """What each engine has to do; those that do not answer are left out."""
         answers = await asyncio.gather(
             *(_soon(engine.stats()) for engine in self._engines.values()), return_exceptions=True
         )
-        return {
-            name: answer
-            for name, answer in zip(self._engines, answers, strict=True)
-            if isinstance(answer, EngineStats)
-        }
+        stats = {}
+        for name, answer in zip(self._engines, answers, strict=True):
+            if isinstance(answer, EngineStats):
+                stats[name] = answer
+            elif not isinstance(answer, EngineError):  # one says that the engine is not there
+                logger.error("engine %s has no stats: %r", name, answer)
+        return stats
 
     # -- what to send where ----------------------------------------------------------------------------------
 
@@ -261,8 +273,8 @@ class Dispatcher:
             if most is not None and stage.active_tokens > most:
                 raise ApiError(
                     "invalid_request",
-                    f"spts.schedule.active_tokens must be at most {most}, got {stage.active_tokens} up to layer "
-                    f"{stage.last_layer}; lower it, or choose dense",
+                    f"spts.schedule.active_tokens must be at most {most}, got {stage.active_tokens} up to "
+                    f"layer {stage.last_layer}; lower it, or choose dense",
                     "spts.schedule.active_tokens",
                 )
 

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import Metrics
-from cluster.protocol import EngineStats
+from cluster.protocol import EngineError, EngineStats
 from tests.cluster.conftest import REPOSITORY
 from tests.cluster.endpoint import CHAT, COMPLETIONS, chat, completion, endpoint
 
@@ -113,6 +113,17 @@ async def test_the_engine_says_what_it_is_doing(folder):
         found = await scrape(client)
         assert {found[name, of_engine] for name in ("num_requests_running", "kv_cache_bytes")} == {0}
         await fake.shutdown()
+
+
+@pytest.mark.parametrize("bug", [True, False])
+async def test_only_a_bug_that_hides_an_engine_is_logged(folder, monkeypatch, caplog, bug):
+    async def stats():
+        raise ZeroDivisionError if bug else EngineError("unavailable", "its ranks start again")
+
+    async with endpoint(folder) as (client, engine):
+        monkeypatch.setattr(engine, "stats", stats)
+        assert not [name for name, labels in await scrape(client) if dict(labels).get("engine")]
+    assert ("engine default has no stats: ZeroDivisionError()" in caplog.text) == bug
 
 
 async def test_an_engine_that_does_not_answer_has_no_gauges(folder, monkeypatch):

@@ -17,7 +17,8 @@ from tests.cluster.tiny import SCHEDULE, write_tokenizer
 from tests.fakes import EOS, SHAPE, FakeEngine
 
 
-async def test_health_ready_and_models(folder):
+async def test_health_ready_and_models(folder, monkeypatch):
+    monkeypatch.setattr("cluster.dispatch.READY_AGE_S", 0)
     async with endpoint(folder) as (client, engine):
         assert (await client.get("health")).json() == {"status": "ok"}
         assert (await client.get("ready")).json() == {"ready": True, "engines": {"default": True}}
@@ -28,6 +29,23 @@ async def test_health_ready_and_models(folder):
         await engine.shutdown()
         assert (await client.get("health")).status_code == 200
         assert (await client.get("ready")).status_code == 503
+
+
+async def test_many_that_ask_at_once_whether_it_is_ready_ask_the_engine_once(folder, monkeypatch):
+    async with endpoint(folder) as (client, engine):
+        ready, asked = engine.ready, []
+
+        def counted():
+            asked.append(None)
+            return ready()
+
+        monkeypatch.setattr(engine, "ready", counted)
+        for answer in await asyncio.gather(*(client.get("ready") for _ in range(20))):
+            assert answer.json() == {"ready": True, "engines": {"default": True}}
+        assert len(asked) == 1
+        monkeypatch.setattr("cluster.dispatch.READY_AGE_S", 0)
+        await client.get("ready")
+        assert len(asked) == 2
 
 
 async def test_a_model_by_its_hub_id_is_served_without_its_weights_here(tmp_path, monkeypatch):
