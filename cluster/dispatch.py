@@ -156,7 +156,6 @@ class Dispatcher:
                 if limit is None
                 else limit,
                 sampling=_sampling(body, index),
-                deadline_s=self._config.request_timeout_s,
                 activity_bins=activity_bins,
                 ignore_eos=bool(body.ignore_eos),
             )
@@ -164,8 +163,8 @@ class Dispatcher:
             requests.append(request)
         texts = [text for text in body.echoed for _ in range(n)]
         echoes = [self._echo(request, text, info) for request, text in zip(requests, texts, strict=False)]
-        return Job(
-            send=lambda request: self._send(pool.engine, request),
+        job = Job(
+            send=lambda request: self._send(pool.engine, request, job),
             requests=requests,
             echoes=echoes,
             answer=Answer(
@@ -176,6 +175,7 @@ class Dispatcher:
             timeout_s=self._config.request_timeout_s,
             arrived=arrived,
         )
+        return job
 
     def _echo(self, request: Request, text: str | None, info: EngineInfo) -> Echo:
         """The prompt of `request`, to be repeated; its log-probabilities are the dense model's only."""
@@ -280,12 +280,13 @@ class Dispatcher:
 
     # -- engines ---------------------------------------------------------------------------------------------
 
-    async def _send(self, name: str, request: Request) -> AsyncGenerator[Chunk, None]:
+    async def _send(self, name: str, request: Request, job: Job) -> AsyncGenerator[Chunk, None]:
         """The answer of the engine `name`; of another replica or engine, if it is lost before its first
-        token."""
+        token. An engine gets the time that is left of the job's."""
         begun = False
         try:
-            async with aclosing(self._engines[name].generate(request)) as chunks:
+            timed = replace(request, deadline_s=job.left_s)
+            async with aclosing(self._engines[name].generate(timed)) as chunks:
                 async for chunk in chunks:
                     begun = True
                     yield chunk
@@ -295,7 +296,8 @@ class Dispatcher:
             if other is None:
                 raise
             logger.warning("request %s goes to engine %s: %s", request.request_id, other, error)
-        async with aclosing(self._engines[other].generate(request)) as chunks:
+        timed = replace(request, deadline_s=job.left_s)
+        async with aclosing(self._engines[other].generate(timed)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -150,14 +150,16 @@ class Router:
     # -- bodies and answers ----------------------------------------------------------------------------------
 
     async def _read(self, http: HttpRequest) -> bytes:
-        """The body, up to what the longest allowed batch of prompts could take, and within the deadline."""
+        """The body, up to what the longest allowed batch of prompts could take, and within the deadline of
+        the whole request."""
         longest = await self._dispatcher.longest()
         limit = math.inf  # while an engine loads, it is not known what it takes
         if longest is not None:
             limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
         try:
-            async with asyncio.timeout(self._config.request_timeout_s):
+            spent_s = time.perf_counter() - http.scope["state"]["arrived"]
+            async with asyncio.timeout(self._config.request_timeout_s - spent_s):
                 async for part in http.stream():
                     raw += part
                     if len(raw) > limit:
@@ -208,6 +210,7 @@ class Router:
             choices: list[list[Piece]] = [[] for _ in job.requests]
             async with aclosing(answer):
                 async for piece in answer:
+                    http.state.begun = True
                     job.usage.add(piece)
                     choices[piece.index].append(piece)
             return JSONResponse(job.answer.whole(choices, job.usage))
@@ -234,16 +237,17 @@ class Router:
                 yield sse(job.answer.usage_chunk(job.usage))
             yield SSE_END
         except Exception as error:  # the status is sent: all that is left is to say it in the stream
-            yield sse(error_body(self._count(error, request_id)))
+            yield sse(error_body(self._count(error, request_id, begun=True)))
 
     # -- failures --------------------------------------------------------------------------------------------
 
     async def _failure(self, http: HttpRequest, error: Exception) -> Response:
-        return error_response(self._count(error, _id(http)))
+        begun = http.scope["state"].get("begun", False)
+        return error_response(self._count(error, _id(http), begun=begun))
 
-    def _count(self, error: Exception, request_id: str) -> ApiError:
+    def _count(self, error: Exception, request_id: str, *, begun: bool) -> ApiError:
         known = as_api_error(error, request_id)
-        self._metrics.fail(known.kind)
+        self._metrics.fail(known.kind, begun=begun)
         if known.kind == "internal":
             logger.error("request %s failed", request_id, exc_info=error)
         return known

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import time
 
 import httpx
 import pytest
 
+from cluster.api import CompletionBody
+from cluster.choices import pieces
 from cluster.config import AppConfig
+from cluster.dispatch import Dispatcher
+from cluster.metrics import Metrics
 from cluster.protocol import EngineError
 from cluster.router import Router
 from spts.methods import Spts
@@ -102,13 +108,15 @@ async def test_activity_comes_with_the_usage_when_it_is_asked_for(folder):
 
 
 class LosesReplicas(FakeEngine):
-    """Of several replicas, all ready, the first `num_lost` to be asked are lost."""
+    """Of several replicas, all ready, the first `num_lost` to be asked are lost, after `lost_after_s`."""
 
     num_lost = 0
+    lost_after_s = 0.0
 
     async def generate(self, request):
         if self.num_lost:
             self.num_lost -= 1
+            await asyncio.sleep(self.lost_after_s)
             raise EngineError("unavailable", "the engine is not there; retry later")
         async for chunk in super().generate(request):
             yield chunk
@@ -237,6 +245,38 @@ async def test_an_engine_that_loads_longer_than_others_is_waited_for_before_a_le
         assert (await client.get("v1/models/tiny")).json()["max_model_len"] == 512
         much = await client.post(COMPLETIONS, json=completion(prompt="x" * (16 * 512 + 1)))
         assert much.status_code == 413
+
+
+async def test_all_of_a_request_has_one_deadline_from_its_arrival(folder):
+    async def slowly(body):
+        text = json.dumps(body).encode()
+        yield text[:10]
+        await asyncio.sleep(0.2)
+        yield text[10:]
+
+    async with two_engines(folder, SHORT_AND_LONG) as (client, fakes):
+        await client.get("ready")
+        fakes["short"].num_lost = 1
+        fakes["short"].lost_after_s = 0.1
+        body = completion(echo=True, logprobs=0)
+        assert (await client.post(COMPLETIONS, content=slowly(body))).status_code == 200
+        [echo] = started(fakes["long"])[1:]
+        [answer] = started(fakes["short"])[1:]
+    assert 0 < answer.deadline_s <= echo.deadline_s <= 600 - 0.2 - 0.1
+
+
+async def test_a_request_that_is_late_already_is_not_begun(folder, tokenizer):
+    """Its body took all the time, or the reading of its text."""
+    config = AppConfig.model_validate({"engines": {"default": {"model": str(folder)}}, "pools": POOLS})
+    engine = FakeEngine(config.engines["default"])
+    await engine.start()
+    dispatcher = Dispatcher(config, {"default": engine}, tokenizer)
+    body = CompletionBody.model_validate(completion(max_tokens=400))
+    arrived = time.perf_counter() - config.request_timeout_s
+    job = await dispatcher.job(body, [(7, 8, 9)], "completion", request_id="r", arrived=arrived)
+    with pytest.raises(EngineError, match="the answer must take at most 600 s; it took longer"):
+        await anext(pieces(job, tokenizer, Metrics()))
+    await engine.shutdown()
 
 
 async def test_an_overloaded_engine_is_said_to_be_so_not_left(folder):
