@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 5.0
 # Seconds for which /ready says the same again: it asks every replica, and needs no key.
 READY_AGE_S = 1.0
+# Tokens of a prompt from which on it is checked in a thread, as streams must not wait for the milliseconds.
+MANY_TOKENS = 1 << 16
 
 Value = TypeVar("Value")
 
@@ -159,7 +161,10 @@ class Dispatcher:
                 activity_bins=activity_bins,
                 ignore_eos=bool(body.ignore_eos),
             )
-            check_request(request, info)
+            if len(token_ids) < MANY_TOKENS:
+                check_request(request, info)
+            else:
+                await asyncio.to_thread(check_request, request, info)
             requests.append(request)
         texts = [text for text in body.echoed for _ in range(n)]
         echoes = [self._echo(request, text, info) for request, text in zip(requests, texts, strict=False)]

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.answers import SSE_END, Endpoint, Piece, sse
-from cluster.api import ChatBody, CompletionBody, GenerationBody, parse_body, turns
+from cluster.api import AnyBody, ChatBody, CompletionBody, GenerationBody, parse_body, turns
 from cluster.choices import Job, pieces
 from cluster.config import AppConfig, resolve_path
 from cluster.dispatch import Dispatcher, EngineClient
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 # A token of a prompt takes at most about this many bytes of JSON; a body may have so many more around them.
 BYTES_PER_TOKEN = 16
 BYTES_AROUND = 1 << 16
+# Bytes of a body from which on it is read in a thread of its own: this many take 10 to 50 ms.
+LARGE_BODY = 1 << 20
 
 
 class Router:
@@ -109,7 +111,7 @@ class Router:
 
     async def completions(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
-        body = parse_body(await self._read(http), CompletionBody)
+        body = await self._body(http, CompletionBody)
         self._check_model(body.model)
         prompts = [
             await self._encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
@@ -119,7 +121,7 @@ class Router:
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        body = parse_body(await self._read(http), ChatBody)
+        body = await self._body(http, ChatBody)
         self._check_model(body.model)
         messages = turns(body.messages)
         await self._check_length(sum(len(message["content"]) for message in messages), "messages")
@@ -128,7 +130,7 @@ class Router:
 
     async def tokenize(self, http: HttpRequest) -> JSONResponse:
         """POST /tokenize."""
-        body = parse_body(await self._read(http), TokenizeBody)
+        body = await self._body(http, TokenizeBody)
         self._check_model(body.model)
         await self._check_length(body.num_characters, "messages" if body.messages else "prompt")
         tokens = await asyncio.to_thread(body.tokens, self._tokenizer)
@@ -143,11 +145,18 @@ class Router:
 
     async def detokenize(self, http: HttpRequest) -> JSONResponse:
         """POST /detokenize."""
-        body = parse_body(await self._read(http), DetokenizeBody)
+        body = await self._body(http, DetokenizeBody)
         self._check_model(body.model)
         return JSONResponse({"prompt": await asyncio.to_thread(body.prompt, self._tokenizer)})
 
     # -- bodies and answers ----------------------------------------------------------------------------------
+
+    async def _body(self, http: HttpRequest, model: type[AnyBody]) -> AnyBody:
+        """The body, checked; a large one in a thread, as streams must not wait for it."""
+        raw = await self._read(http)
+        if len(raw) < LARGE_BODY:
+            return parse_body(raw, model)
+        return await asyncio.to_thread(parse_body, raw, model)
 
     async def _read(self, http: HttpRequest) -> bytes:
         """The body, up to what the longest allowed batch of prompts could take, and within the deadline of

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import threading
 
 import httpx
 import openai
@@ -33,7 +35,8 @@ async def test_health_ready_and_models(folder, monkeypatch):
 
 async def test_many_that_ask_at_once_whether_it_is_ready_ask_the_engine_once(folder, monkeypatch):
     async with endpoint(folder) as (client, engine):
-        ready, asked = engine.ready, []
+        ready = engine.ready
+        asked: list[None] = []
 
         def counted():
             asked.append(None)
@@ -46,6 +49,33 @@ async def test_many_that_ask_at_once_whether_it_is_ready_ask_the_engine_once(fol
         monkeypatch.setattr("cluster.dispatch.READY_AGE_S", 0)
         await client.get("ready")
         assert len(asked) == 2
+
+
+async def test_what_takes_long_to_read_is_read_beside_the_event_loop(folder, monkeypatch):
+    threads: dict[str, set[int]] = {}
+
+    def noting(module, name):
+        function = getattr(importlib.import_module(module), name)
+
+        def noted(*args):
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return function(*args)
+
+        monkeypatch.setattr(f"{module}.{name}", noted)
+
+    noting("cluster.router", "parse_body")
+    noting("cluster.dispatch", "check_request")
+    own = {threading.get_ident()}
+    async with endpoint(folder, engine={"max_model_len": 2**17}) as (client, _):
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
+        assert threads == {"parse_body": own, "check_request": own}
+        threads.clear()
+        answer = await client.post(COMPLETIONS, json=completion(prompt="x" * (2**21 + 1)))
+        assert answer.status_code == 413
+        assert threads["parse_body"].isdisjoint(own)
+        answer = await client.post(COMPLETIONS, json=completion(prompt=[7] * 2**16 + [298]))
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "prompt")
+        assert threads["check_request"].isdisjoint(own)
 
 
 async def test_a_model_by_its_hub_id_is_served_without_its_weights_here(tmp_path, monkeypatch):
