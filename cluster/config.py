@@ -145,6 +145,8 @@ class AppConfig(Strict):
     max_echo_tokens: longest prompt whose own log-probabilities a request may ask for (echo); all of its
     distributions are in memory at once, and other requests wait. allowed_methods: what a request may choose.
     min_budget_tokens: least active_tokens and keep_tokens of a schedule that a request brings.
+    max_budget_tokens: the most; None = the largest active_tokens of `pools`, any if none of them skips.
+    default_max_tokens: of a chat that does not say how long its answer may be, for which memory is reserved.
     """
 
     served_model_name: str | None = None
@@ -157,6 +159,8 @@ class AppConfig(Strict):
     max_echo_tokens: int = Field(default=2048, ge=0)
     allowed_methods: Annotated[tuple[str, ...], Field(strict=False)] = tuple(methods.METHODS)
     min_budget_tokens: int = Field(default=1, ge=1)
+    max_budget_tokens: int | None = Field(default=None, ge=1)
+    default_max_tokens: int = Field(default=1024, ge=1)
 
     @field_validator("api_keys_file")
     @classmethod
@@ -178,6 +182,16 @@ class AppConfig(Strict):
                 "correct it"
             )
         return value
+
+    @model_validator(mode="after")
+    def _some_budget_is_left(self) -> AppConfig:
+        most = self.max_budget_tokens
+        if most is not None and most < self.min_budget_tokens:
+            raise ValueError(
+                f"max_budget_tokens must be at least min_budget_tokens = {self.min_budget_tokens}, got "
+                f"{most}; raise it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pools_fit_together(self) -> AppConfig:
@@ -211,6 +225,15 @@ class AppConfig(Strict):
     def model(self) -> str:
         """The model that every engine runs."""
         return next(iter(self.engines.values())).model
+
+    @property
+    def most_budget_tokens(self) -> int | None:
+        """`max_budget_tokens`, or what it is by default; None = no limit."""
+        if self.max_budget_tokens is not None:
+            return self.max_budget_tokens
+        schedules = [getattr(parse_method(pool.method), "schedule", None) for pool in self.pools]
+        stages = [stage for schedule in schedules if schedule is not None for stage in schedule.stages]
+        return max((stage.active_tokens for stage in stages), default=None)
 
     @property
     def model_name(self) -> str:

@@ -30,6 +30,7 @@ from cluster.protocol import (
     Result,
     Step,
     StepOutput,
+    too_late,
 )
 from cluster.scheduler import Scheduler
 from spts.errors import SptsError
@@ -186,11 +187,8 @@ class Engine:
         flight = Flight(request=request, arrived=time.perf_counter())
         self._flights[request.request_id] = flight
         if request.deadline_s is not None:
-            late = EngineError(
-                "deadline", f"the answer must take at most {request.deadline_s:g} s; it took longer"
-            )
             flight.timer = asyncio.get_running_loop().call_later(
-                request.deadline_s, self._fail, request.request_id, late
+                request.deadline_s, self._fail, request.request_id, too_late(request.deadline_s)
             )
         self._wake.set()
         return flight

@@ -47,6 +47,11 @@ class EngineError(Exception):
         return f"{self.kind}: {self.message}"
 
 
+def too_late(limit_s: float) -> EngineError:
+    """The answer did not come within `limit_s`."""
+    return EngineError("deadline", f"the answer must take at most {limit_s:g} s; it took longer")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt to answer.

@@ -53,6 +53,16 @@ def changed(data, path: str, value):
     return data
 
 
+def test_a_budget_must_be_left_between_the_limits():
+    args = {**ARGS, "min_budget_tokens": 64}
+    assert parse(args, AppConfig, source="args").most_budget_tokens == 2048, "the largest of demo-12l"
+    assert parse({**args, "max_budget_tokens": 64}, AppConfig, source="args").most_budget_tokens == 64
+    with pytest.raises(ConfigError, match="max_budget_tokens must be at least min_budget_tokens = 64"):
+        parse({**args, "max_budget_tokens": 63}, AppConfig, source="args")
+    dense = {**ARGS, "pools": [{"method": {"name": "dense"}}]}
+    assert parse(dense, AppConfig, source="args").most_budget_tokens is None
+
+
 def test_defaults_serve_one_rank_on_the_cpu():
     config = EngineConfig(model="m")
     assert (config.device, config.dtype, config.tensor_parallel_size, config.num_threads) == (

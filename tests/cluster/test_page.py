@@ -137,4 +137,6 @@ class TestInABrowser:
         assert re.search(r"Layer \d+: 100 % of the tokens here ran attention", tab.text())
         assert tab.value("document.querySelector('#spts q').textContent") in asked
         tab.picture(PICTURES / "page-place.png")
+        assert tab.value("places(' Fox', 'a fox '.repeat(4))") == [2 / 24, 8 / 24, 14 / 24, 20 / 24]
+        assert tab.value("places('fox', 'fox '.repeat(1e6))") == [], "everywhere is nowhere, and found soon"
         assert tab.faults == []
