@@ -71,9 +71,9 @@ def ray_cluster():
             yield RayCluster(env)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def driver(ray_cluster):
-    """This process as a driver of the cluster."""
+    """This process as a driver of the cluster, until the module's end: other tests connect elsewhere."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
