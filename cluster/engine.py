@@ -77,7 +77,6 @@ class Engine:
                 try:
                     await self._start_group()
                     self._step_loop = asyncio.create_task(self._run_steps())
-                    await self._warm_up()
                 except BaseException:  # a start that was cancelled leaves ranks behind too
                     await self.shutdown()
                     raise
@@ -111,7 +110,8 @@ class Engine:
                 if item.result is not None:
                     return
         finally:
-            self._drop(request.request_id)
+            if self._flights.get(request.request_id) is flight:  # not another's, which has the id by now
+                self._drop(request.request_id)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream raises EngineError "unavailable". Unknown ids are ignored: it may have
@@ -119,11 +119,20 @@ class Engine:
         self._fail(request_id, EngineError("unavailable", "the request was aborted"))
 
     async def finish(self, request_id: str) -> None:
-        """End a request with the tokens that it has: its stream ends with the result. Only after its first
-        token; unknown ids are ignored: it may have ended."""
-        flight = self._drop(request_id)
-        if flight is not None:
-            flight.finish()
+        """End a request with the tokens that it has: its stream ends with the result. Unknown ids are
+        ignored: it may have ended. Raises EngineError "invalid_request" before its first token: it goes
+        on."""
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return
+        if flight.prefilled is None:
+            raise EngineError(
+                "invalid_request",
+                f"request_id must be of a request that has its first token, got {request_id!r}; wait for it",
+                "request_id",
+            )
+        self._drop(request_id)
+        flight.finish()
 
     async def check_health(self) -> None:
         """Raise EngineError unless this engine serves, or is about to. Serve replaces the replica when it
@@ -310,6 +319,7 @@ class Engine:
         config = self._config
         info = await self._group.start()
         check_context(info)
+        await self._warm_up()
         self._info = info
         self._scheduler = Scheduler(
             shape=info.shape,
@@ -330,11 +340,13 @@ class Engine:
 
     async def _warm_up(self) -> None:
         """One token, dense: what is slow the first time is slow now, and "ready" has been seen to be true."""
-        await self.run(
-            Request(
-                request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling()
-            )
+        request = Request(
+            request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling()
         )
+        output = await self._group.step(Step(start=request, advance=(request.request_id, None)))
+        for _, error in output.refused:
+            raise error
+        await self._group.step(Step(release=(request.request_id,)))
 
     async def _restart(self, reason: EngineError) -> None:
         """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed

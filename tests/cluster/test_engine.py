@@ -199,6 +199,35 @@ async def test_an_id_used_again_while_its_last_step_runs_gets_only_its_own_token
         assert (await engine.run(request(token_ids=(7, 8, 9)))).token_ids == (7, 8, 9, 7)
 
 
+async def test_a_stream_that_ends_late_leaves_the_request_that_has_its_id_by_now():
+    async with started(step_s=0.001) as engine:
+        old = engine.generate(request(max_new_tokens=1))
+        assert (await anext(old)).result is not None
+        new = asyncio.create_task(engine.run(request(token_ids=(7, 8, 9), max_new_tokens=50)))
+        while "a" not in engine._flights:
+            await asyncio.sleep(0)
+        await old.aclose()
+        assert (await asyncio.wait_for(new, 10)).token_ids[:4] == (7, 8, 9, 7)
+
+
+async def test_a_request_is_finished_with_the_tokens_it_has_but_not_before_its_first():
+    async with started(step_s=0.005) as engine:
+        stream = engine.generate(request(max_new_tokens=400))
+        first = asyncio.ensure_future(anext(stream))
+        while not engine._flights:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineError, match="has its first token, got 'a'"):
+            await engine.finish("a")
+        assert (await first).token_ids == (1,)
+        await engine.finish("a")
+        await engine.finish("a")
+        *_, last = [chunk async for chunk in stream]
+        assert last.result is not None
+        assert (last.finish_reason, last.result.token_ids[:1]) == ("stop", (1,))
+        await settled(engine)
+        assert engine.group.ranks[0].num_cached == 0
+
+
 async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it():
     async with started() as engine:
         chunks = await collect(engine, request(token_ids=(1, 2), follow=(1, EOS, 1), max_new_tokens=3))
@@ -425,6 +454,8 @@ async def test_a_failed_step_fails_what_is_in_flight_and_the_group_restarts(kind
         engine.group.fail_next = EngineError(kind, "boom")
         failed = await asyncio.gather(*flights, return_exceptions=True)
         assert [getattr(error, "kind", None) for error in failed] == [kind] * 3
+        while not await engine.ready():
+            await asyncio.sleep(0.001)
         assert (await engine.run(request("after"))).token_ids == (1, 2, 3, 1)
         assert (engine.num_restarts, engine.group.num_starts) == (1, 2)
         assert await engine.ready()
@@ -439,6 +470,22 @@ async def test_a_rank_that_dies_while_nothing_runs_is_noticed():
             await asyncio.sleep(0.01)
         assert engine.num_restarts == 1
         assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
+
+
+async def test_ranks_that_start_again_are_ready_once_they_have_made_a_token():
+    async with started() as engine:
+        steps = len(engine.group.steps)
+        engine.group.fail_next = EngineError("internal", "they load, and cannot compute")
+        engine.group.lose_a_rank()
+        while engine.num_restarts == 0:
+            assert not await engine.ready() or engine.group.num_starts == 1
+            await asyncio.sleep(0)
+        assert await engine.ready()
+        assert (engine.group.num_starts, engine.num_restarts) == (3, 1)
+        first, then, _ = engine.group.steps[steps:]
+        assert first.start == then.start
+        assert then.advance == ("warm-up", None)
+        assert engine.group.ranks[0].num_cached == 0
 
 
 async def test_a_group_that_does_not_come_back_fails_the_engine_and_its_health_check():
