@@ -58,6 +58,7 @@ class Engine:
         self._stepping: dict[str, Flight] = {}
         self._release: list[str] = []
         self._pace = Pace()
+        self._latest = StepOutput()
         self._lost = False
         self._wake = asyncio.Event()
         self._step_loop: asyncio.Task[None] | None = None
@@ -162,6 +163,8 @@ class Engine:
             ),
             reserved_bytes=scheduler.reserved_bytes * info.world_size,
             document_bytes=scheduler.document_bytes * info.world_size,
+            held_requests=self._latest.held_requests,
+            held_documents=self._latest.held_documents,
         )
 
     async def shutdown(self) -> None:
@@ -287,6 +290,7 @@ class Engine:
     def _postprocess(self, output: StepOutput) -> None:
         assert self._info is not None and self._scheduler is not None
         now = time.perf_counter()
+        self._latest = output
         for request_id, error in output.refused:
             if self._in_step(request_id):
                 self._fail(request_id, error)
@@ -346,7 +350,7 @@ class Engine:
         output = await self._group.step(Step(start=request, advance=(request.request_id, None)))
         for _, error in output.refused:
             raise error
-        await self._group.step(Step(release=(request.request_id,)))
+        self._latest = await self._group.step(Step(release=(request.request_id,)))
 
     async def _restart(self, reason: EngineError) -> None:
         """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed

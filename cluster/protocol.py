@@ -171,7 +171,8 @@ class EngineStats:
     Bytes are over all ranks. kv_bytes: of the running requests' caches, counted from the end of a prefill.
     reserved_bytes: what requests in prefill or running may take at most. document_bytes: what is kept of
     prompts for others. kv_bytes_limit: what the last two may take together. queued_prefill_tokens: prompt
-    tokens of the requests whose prefill has not ended.
+    tokens of the requests whose prefill has not ended. held_requests, held_documents: not from the engine's
+    books, but what rank 0 had after its latest step.
     """
 
     running: int
@@ -181,6 +182,8 @@ class EngineStats:
     queued_prefill_tokens: int
     reserved_bytes: int = 0
     document_bytes: int = 0
+    held_requests: int = 0
+    held_documents: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +263,8 @@ class StepOutput:
 
     tokens: one of each request that decoded or ended its prefill; all at once of one that follows. refused:
     requests that the model would not start or cannot go on with, and why; the others are not touched.
-    kept: the document that the ended prefill was to leave.
+    kept: the document that the ended prefill was to leave. held_requests, held_documents: of which rank 0 has
+    tensors after the step.
     peak_memory_bytes: most device memory in use on rank 0 during the step; None on a CPU.
     """
 
@@ -269,3 +273,5 @@ class StepOutput:
     prefilled: Prefilled | None = None
     refused: tuple[tuple[str, EngineError], ...] = ()
     kept: int | None = None
+    held_requests: int = 0
+    held_documents: int = 0

@@ -82,7 +82,11 @@ class Stepper:
         if self._rank != 0:
             return None
         peak = torch.cuda.max_memory_allocated(self._model.device) if on_gpu else None
-        return answer.output(peak)
+        return answer.output(
+            peak,
+            held_requests=len(self._prefills) + len(self._running),
+            held_documents=len(self._documents),
+        )
 
     def _start(
         self, request: Request, reuse: tuple[int, int] | None, keep: tuple[int, int] | None, answer: Answer
@@ -222,7 +226,7 @@ class Answer:
         self.kept: int | None = None
         self.refused: list[tuple[str, EngineError]] = []
 
-    def output(self, peak_memory_bytes: int | None) -> StepOutput:
+    def output(self, peak_memory_bytes: int | None, *, held_requests: int, held_documents: int) -> StepOutput:
         """The step's answer."""
         return StepOutput(
             tokens=tuple(self.tokens),
@@ -230,4 +234,6 @@ class Answer:
             refused=tuple(self.refused),
             kept=self.kept,
             peak_memory_bytes=peak_memory_bytes,
+            held_requests=held_requests,
+            held_documents=held_documents,
         )

@@ -116,6 +116,8 @@ class FakeShard:
             prefilled=prefilled,
             kept=kept,
             peak_memory_bytes=PEAK_BYTES * len(self._requests),
+            held_requests=self.num_cached,
+            held_documents=len(self.documents),
         )
 
     def _planned_flops(self, step: Step) -> int:

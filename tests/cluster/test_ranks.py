@@ -211,6 +211,10 @@ async def test_fifty_prompts_sent_at_once_are_answered_as_the_library_answers_ea
     assert sum(result.reused_tokens > 0 for result in results) > 5
     stats = await ranks.engine.stats()
     assert (stats.running, stats.waiting, stats.kv_bytes, stats.reserved_bytes) == (0, 0, 0, 0)
+    async with asyncio.timeout(10):  # until the ranks have heard of the last one's end
+        while (await ranks.engine.stats()).held_requests:
+            await asyncio.sleep(0.01)
+    assert (await ranks.engine.stats()).held_documents == len(ranks.engine._scheduler._documents._kept)
 
 
 @in_module_loop

@@ -112,6 +112,21 @@ def test_every_rank_keeps_what_it_is_told_to_keep(model, rank):
     assert {name: each.num_tokens for name, each in stepper._documents.items()} == {3: 70}
 
 
+def test_a_rank_says_what_it_holds(model):
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+
+    def held(**step: Any) -> tuple[int, int]:
+        output = stepper.step(Step(**step))
+        assert output is not None
+        return output.held_requests, output.held_documents
+
+    assert held(start=request(prompt(80), Dense(), 9), keep=(3, 70), advance=("a", 10**6)) == (1, 0)
+    assert held(advance=("a", None)) == (1, 1)
+    assert held(start=request(prompt(80), SPTS, name="b"), advance=("b", 10**6)) == (2, 1)
+    assert held(release=("a",)) == (1, 1)
+    assert held(release=("b",), forget=(3,)) == (0, 0)
+
+
 def test_a_prefill_that_is_released_halfway_leaves_nothing(model):
     stepper = Stepper(model, EngineConfig(model="tiny"), 0)
     stepper.step(Step(start=request(prompt(80), SPTS), keep=(3, 60), advance=("a", 10**6)))
