@@ -190,12 +190,13 @@ class Engine:
                 "another",
                 "request_id",
             )
+        asked = demand(request, self._info)
         try:
-            self._scheduler.admit(demand(request, self._info))
+            self._scheduler.admit(asked)
         except EngineError as error:
             wait_s = self._pace.wait_s(self._scheduler.queued_flops) if error.kind == "overloaded" else None
             raise EngineError(error.kind, error.message, error.param, wait_s) from None
-        flight = Flight(request=request, arrived=time.perf_counter())
+        flight = Flight(request=request, arrived=time.perf_counter(), flops=asked.flops)
         self._flights[request.request_id] = flight
         if request.deadline_s is not None:
             late = EngineError(
@@ -301,7 +302,7 @@ class Engine:
             flight = self._flights[done.request_id]
             flight.prefilled = done
             self._scheduler.prefilled(done.request_id)
-            self._pace.note(done.flops - done.reused_flops, now - flight.started)
+            self._pace.note(flight.flops - done.reused_flops, now - flight.started)
         if output.peak_memory_bytes is not None:
             for flight in self._stepping.values():
                 flight.note_peak(output.peak_memory_bytes)

@@ -192,7 +192,7 @@ class EngineInfo:
 
     max_context: prompt plus new tokens. versions: package name -> version. attention: what computes it.
     accelerator: name of the device, None = the CPU. proxy: size of the model's FFN proxies; None = it has
-    none. kv_bytes_limit: bytes on each rank for requests and documents. slice_tokens: a slice of a prefill
+    none. first_proxy_layer: from which on every layer has one. kv_bytes_limit: bytes on each rank for requests and documents. slice_tokens: a slice of a prefill
     costs at most a dense prefill of so many tokens; None = a prefill is never sliced.
     """
 
@@ -209,6 +209,7 @@ class EngineInfo:
     attention: str
     accelerator: str | None
     proxy: ProxyShape | None
+    first_proxy_layer: int | None
     kv_bytes_limit: int
     slice_tokens: int | None
 

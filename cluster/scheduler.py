@@ -26,7 +26,7 @@ from spts.cost import ModelShape, reused_flops
 class Demand:
     """What a request takes.
 
-    kv_bytes: the most it holds on a rank at any time. flops: of its prefill. depth: layers that run all of
+    kv_bytes: the most it holds on a rank at any time. flops: until its first token. depth: layers that run all of
     its tokens; document_bytes: of one token kept after them, on a rank. prefix_tokens: as in
     `cluster.protocol.Request`.
     """

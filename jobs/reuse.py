@@ -3,8 +3,8 @@
     python -m jobs.reuse --model jobs/demo_model --tokens 8192
 
 The document is random tokens; each round takes a new one, so that the first question finds nothing of it. The
-answers are compared with those of an engine that keeps nothing: exit status 1 if they differ. The last line is
-JSON.
+answers are compared with those of an engine that keeps nothing: exit status 1 if they differ. The last line
+is JSON.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ def info(config: EngineConfig) -> EngineInfo:
         world_size=config.tensor_parallel_size,
         versions={},
         proxy=PROXY,
+        first_proxy_layer=2,
         kv_bytes_limit=config.kv_cache_bytes or 2**30,
         slice_tokens=config.slice_tokens,
         attention="none",

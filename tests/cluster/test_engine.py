@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
+from cluster.admission import demand
 from cluster.config import EngineConfig
 from cluster.protocol import Agreement, Chunk, EngineError, Request
 from spts import cost
@@ -18,7 +20,7 @@ from spts.methods import Dense, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
 from tests.cluster.tiny import SCHEDULE
-from tests.fakes import EOS, MAX_CONTEXT, PEAK_BYTES, SHAPE, FakeEngine
+from tests.fakes import EOS, MAX_CONTEXT, PEAK_BYTES, SHAPE, FakeEngine, info
 
 
 def request(request_id="a", token_ids=(1, 2, 3), max_new_tokens=4, **fields) -> Request:
@@ -245,6 +247,19 @@ async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it()
     )
 
 
+def test_what_is_followed_costs_two_runs_over_all_of_it():
+    """So that a prompt of one token with its whole text to follow, an echo, overtakes no shorter prompt."""
+    engine_info = info(EngineConfig(model="fake"))
+    echo = demand(request(token_ids=(1,), follow=(2,) * 300, max_new_tokens=300), engine_info)
+    assert echo.flops == pytest.approx(2 * cost.dense_flops(SHAPE, 300).total, rel=0.01)
+    spts = Spts(schedule=SCHEDULE)
+    sent = request(token_ids=(1,) * 200, method=spts, follow=(2,) * 50, max_new_tokens=50)
+    once = demand(replace(sent, follow=()), engine_info)
+    both = demand(sent, engine_info)
+    dense = cost.dense_flops(SHAPE, 249).total
+    assert both.flops - once.flops == 2 * dense - cost.dense_flops(SHAPE, 200).total
+
+
 async def test_a_result_says_what_was_reused():
     async with started() as engine:
         first, then = [
@@ -429,6 +444,12 @@ OTHER_DEPTH = Spts(schedule=DEEP)
         ),
         (request(prefix_tokens=3), "invalid_request", "prefix_tokens", "below the prompt's 3 tokens, got 3"),
         (request(prefix_tokens=-1), "invalid_request", "prefix_tokens", "at least 0 and .* got -1"),
+        (
+            request(method=Spts(schedule=replace(SCHEDULE, first_skip_layer=1))),
+            "invalid_request",
+            "schedule",
+            "in no layer before 2, the first with proxies, got layer 1;",
+        ),
         (request(method=OTHER_DEPTH), "invalid_request", "schedule.num_layers", "model's 6 layers, got 7"),
     ],
 )

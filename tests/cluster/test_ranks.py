@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,7 +248,11 @@ async def test_ranks_choose_the_same_tokens_on_a_prefix_as_without(ranks, whole,
 
 
 @in_module_loop
-async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole):
+async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole, monkeypatch):
+    """By the ranks too, whatever the engine believes of their proxies."""
+    info = await ranks.engine.info()
+    assert info.first_proxy_layer == 2
+    monkeypatch.setattr(ranks.engine, "_info", replace(info, first_proxy_layer=0))
     early = Schedule(num_layers=NUM_LAYERS, first_skip_layer=1, stages=SCHEDULE.stages)
     token_ids = prompt(90, seed=6)
     good = asyncio.create_task(ranks.engine.run(request("good", token_ids, METHODS[1], 30)))
