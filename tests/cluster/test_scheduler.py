@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cluster.documents import Documents
 from cluster.protocol import EngineError
 from cluster.scheduler import Demand, Plan, Scheduler, Start
+from spts.cost import reused_flops
 from tests.fakes import SHAPE
 
 
@@ -199,6 +200,40 @@ def test_a_given_prefix_is_reused_and_kept_as_it_is_or_not_at_all():
     assert answered(s, asks("f", 500)).reuse is None, "too short to be worth it"
 
 
+def test_of_a_prompt_without_room_the_first_tokens_are_kept():
+    s = scheduler(document_bytes=150)
+    long = (*TEXT, *range(1000, 1100))
+    asked = [demand(name, token_ids=(*long, 7, 8), depth=2, document_bytes=1) for name in "abc"]
+    assert answered(s, asked[0]) == Start(request_id="a", keep=(1, 150))
+    assert answered(s, asked[1]) == Start(request_id="b", reuse=(1, 150))
+    assert s.document_bytes == 150
+    tiny = scheduler(document_bytes=63)
+    assert answered(tiny, asked[2]) == Start(request_id="c"), "so few are not worth it"
+
+
+def test_a_question_on_a_known_document_counts_as_what_is_left_of_it():
+    """It passes a prompt that costs less than its document, and nobody is told to wait for the document."""
+    s = scheduler(document_bytes=500)
+    flops = 3 * reused_flops(SHAPE, 100, 2)
+    answered(s, asks("a", 500, flops=flops))
+    s.admit(demand("long", flops=flops // 2))
+    s.schedule()
+    before = s.queued_flops
+    s.admit(asks("question", 600, flops=flops // 3 + 10))
+    assert s.queued_flops - before == 10
+    assert s.schedule() == Plan(start=Start(request_id="question", reuse=(1, 100)), advance="question")
+
+
+def test_a_question_whose_document_is_gone_counts_in_full_again():
+    s = scheduler(document_bytes=500)
+    flops = reused_flops(SHAPE, 100, 2) + 10
+    answered(s, asks("a", 500))
+    s.admit(asks("question", 600, flops=flops))
+    assert s.queued_flops == 10
+    s._documents.shrink(0)
+    assert s.queued_flops == flops
+
+
 def test_documents_go_when_requests_need_their_room():
     s = scheduler(document_bytes=500, kv_bytes_limit=200)
     answered(s, asks("a", 500))
@@ -369,6 +404,8 @@ class Life(RuleBasedStateMachine):
         assert self.s.reserved_bytes == reserved
         assert reserved + self.s.document_bytes <= self.limit
         assert self.s.document_bytes <= self.documents.max_bytes
+        kept = self.documents._kept.values()
+        assert self.documents.free_bytes == sum(each.num_bytes for each in kept if not each.users)
         assert self.s.num_running <= self.max_running
         assert self.s.num_running + self.s.num_waiting == len(self.alive)
 
