@@ -55,8 +55,8 @@ class Request:
     deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
     prefix_tokens: what does not depend on later tokens (every layer before the method's first_skip_layer) is
     computed once for prompts that begin alike, as long as there is room to keep it. None = as much of the
-    prompt as has been seen before is reused, and as much as there is room for is kept. A number, smaller than that of the tokens
-    = the first so many are reused or kept, and no others.
+    prompt as has been seen before is reused, and as much of it as there is room for is kept. A number,
+    smaller than that of the tokens = the first so many are reused or kept, and no others.
     activity_bins: into how many parts of the prompt to sum up what each layer computed (`Activity`); 0 = not
     asked for. ignore_eos: the model's own end tokens do not end the answer.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
@@ -193,8 +193,8 @@ class EngineInfo:
     max_context: prompt plus new tokens. versions: package name -> version. attention: what computes it.
     accelerator: name of the device, None = the CPU. proxy: size of the model's FFN proxies; None = it has
     none. first_proxy_layer: from which on every layer has one. kv_bytes_limit: bytes on each rank for
-    requests and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many tokens;
-    None = a prefill is never sliced.
+    requests and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many
+    tokens; None = a prefill is never sliced.
     """
 
     model_name: str
