@@ -114,11 +114,6 @@ class Engine:
             if self._flights.get(request.request_id) is flight:  # not another's, which has the id by now
                 self._drop(request.request_id)
 
-    async def abort(self, request_id: str) -> None:
-        """End a request; its stream raises EngineError "unavailable". Unknown ids are ignored: it may have
-        ended."""
-        self._fail(request_id, EngineError("unavailable", "the request was aborted"))
-
     async def finish(self, request_id: str) -> None:
         """End a request with the tokens that it has: its stream ends with the result. Unknown ids are
         ignored: it may have ended. Raises EngineError "invalid_request" before its first token: it goes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from statistics import median
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cluster.config import EngineConfig
 from cluster.documents import Documents
 from cluster.protocol import EngineError
 from cluster.scheduler import Demand, Plan, Scheduler, Start
@@ -70,6 +73,49 @@ def test_a_short_prompt_starts_beside_a_long_one_and_they_take_turns():
     assert s.schedule() == Plan(advance="long", decode=("short",))
     s.prefilled("long")
     assert s.schedule() == Plan(start=start("longer"), advance="longer", decode=("short", "long"))
+
+
+def waits(max_running: int, *, streams: int = 64, answer_tokens: int = 32, steps: int = 3000) -> list[float]:
+    """Median steps to the first token of prompts of 1, 2 and 16 slices, while `streams` clients each send the
+    next request as soon as they have their answer."""
+    s = scheduler(max_running=max_running, max_waiting=streams)
+    slices, sent, answered = {}, {}, {}
+    waited: dict[int, list[int]] = {1: [], 2: [], 16: []}
+    draw = random.Random(0)
+
+    def send(at: int) -> None:
+        name = str(len(slices))
+        slices[name], sent[name] = draw.choices((1, 2, 16), (0.5, 0.3, 0.2))[0], at
+        s.admit(demand(name, flops=50 * slices[name]))
+
+    for _ in range(streams):
+        send(0)
+    left = dict(slices)
+    for step in range(steps):
+        plan = s.schedule()
+        assert plan is not None
+        for name in plan.decode:
+            answered[name] += 1
+            if answered[name] == answer_tokens:
+                s.release(name)
+                send(step)
+        if plan.advance is not None:
+            name = plan.advance
+            left[name] = left.get(name, slices[name]) - 1
+            if left[name] == 0:
+                s.prefilled(name)
+                answered[name] = 1
+                waited[slices[name]].append(step - sent[name])
+    return [median(each) for each in waited.values()]
+
+
+def test_under_a_constant_load_places_for_the_usual_number_let_short_prompts_overtake():
+    """With few, even a prompt of one slice waits for the end of others' answers; with enough, for one prefill
+    beside it at most."""
+    few, usual = waits(8), waits(EngineConfig(model="any").max_running)
+    assert few[0] > 100
+    assert usual[0] <= 2
+    assert usual[1] <= 6
 
 
 def test_nothing_starts_beside_a_prefill_that_has_less_to_do():
