@@ -79,7 +79,9 @@ def waits(max_running: int, *, streams: int = 64, answer_tokens: int = 32, steps
     """Median steps to the first token of prompts of 1, 2 and 16 slices, while `streams` clients each send the
     next request as soon as they have their answer."""
     s = scheduler(max_running=max_running, max_waiting=streams)
-    slices, sent, answered = {}, {}, {}
+    slices: dict[str, int] = {}
+    sent: dict[str, int] = {}
+    answered: dict[str, int] = {}
     waited: dict[int, list[int]] = {1: [], 2: [], 16: []}
     draw = random.Random(0)
 
