@@ -60,7 +60,7 @@ class EngineConfig(Strict):
     proxies: str | None = None
     max_model_len: int | None = Field(default=None, ge=2)
     num_threads: int = Field(default=1, ge=1)
-    max_running: int = Field(default=8, ge=1)
+    max_running: int = Field(default=32, ge=1)
     max_waiting: int = Field(default=64, ge=0)
     max_waiting_tokens: int = Field(default=2**20, ge=1)
     slice_tokens: int | None = Field(default=1024, ge=64)

@@ -68,6 +68,7 @@ class Metrics:
             for name, text in (
                 ("num_requests_running", "Requests in prefill or decoding"),
                 ("num_requests_waiting", "Requests whose prefill has not begun"),
+                ("num_requests_held", "Requests whose caches an engine's first rank has after a step"),
                 ("queued_prefill_tokens", "Prompt tokens of the requests whose prefill has not ended"),
                 ("kv_cache_bytes", "Bytes of the running requests' KV caches"),
                 ("kv_reserved_bytes", "Bytes that requests in prefill or decoding may take at most"),
@@ -92,6 +93,7 @@ class Metrics:
             values: dict[str, float] = {
                 "num_requests_running": stats.running,
                 "num_requests_waiting": stats.waiting,
+                "num_requests_held": stats.held_requests,
                 "queued_prefill_tokens": stats.queued_prefill_tokens,
                 "kv_cache_bytes": stats.kv_bytes,
                 "kv_reserved_bytes": stats.reserved_bytes,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import count
 from typing import Any
 
 import ray
@@ -63,6 +64,7 @@ class ServeEngine:
     def __init__(self, handle: DeploymentHandle, balance: Balance) -> None:
         self._handle = handle
         self._balance = balance
+        self._sent = count()
 
     async def info(self) -> EngineInfo:
         """See `Engine.info`; the same for all replicas."""
@@ -88,7 +90,9 @@ class ServeEngine:
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache."""
         placement = self._balance.open(request.token_ids)
-        named = replace(request, request_id=f"{placement.router_id}-{request.request_id}")
+        # A second try may reach a replica that has yet to hear that the first one is over.
+        request_id = f"{placement.router_id}-{request.request_id}-{next(self._sent)}"
+        named = replace(request, request_id=request_id)
         chunks = self._handle.options(stream=True).generate.remote(PlacedRequest(named, placement))
         try:
             with _engine_errors():

@@ -150,6 +150,7 @@ async def test_the_engine_says_what_it_is_doing(folder):
         of_engine = (("engine", "default"),)
         assert found["num_requests_running", of_engine] == 1
         assert found["num_requests_waiting", of_engine] == 2
+        assert found["num_requests_held", of_engine] == 1
         assert found["queued_prefill_tokens", of_engine] == 60
         token_bytes = 2 * 4 * 2 * 16 * 6  # K and V, float32, heads, head size, layers
         assert 30 * token_bytes < found["kv_cache_bytes", of_engine] < 130 * token_bytes
@@ -158,7 +159,8 @@ async def test_the_engine_says_what_it_is_doing(folder):
         await asyncio.gather(*sent, return_exceptions=True)
         await asyncio.sleep(0.1)
         found = await scrape(client)
-        assert {found[name, of_engine] for name in ("num_requests_running", "kv_cache_bytes")} == {0}
+        names = ("num_requests_running", "num_requests_held", "kv_cache_bytes")
+        assert {found[name, of_engine] for name in names} == {0}
         await fake.shutdown()
 
 

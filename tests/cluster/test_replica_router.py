@@ -156,6 +156,16 @@ async def test_a_prompt_counts_until_its_first_token():
     assert handle.stream.placed.request.request_id.partition("-")[0] == balance.router_id
 
 
+async def test_a_second_try_has_an_id_of_its_own():
+    handle = Handle([FIRST])
+    engine = ServeEngine(handle, Balance(affinity_tokens=0))
+    names = set()
+    for _ in range(2):
+        await anext(engine.generate(request()))
+        names.add(handle.stream.placed.request.request_id)
+    assert len(names) == 2
+
+
 async def test_a_client_that_leaves_takes_its_prompt_with_it():
     balance = Balance(affinity_tokens=0)
     handle = Handle([FIRST])

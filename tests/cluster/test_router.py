@@ -337,6 +337,8 @@ async def test_a_rank_that_dies_in_a_stream_is_an_error_in_the_stream_never_a_st
         assert last["error"]["code"] == "unavailable"
         assert "[DONE]" not in chunks
         assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+        while not await engine.ready():
+            await asyncio.sleep(0.001)
         assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
 
 
