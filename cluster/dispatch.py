@@ -115,6 +115,16 @@ class Dispatcher:
 
     # -- what to send where ----------------------------------------------------------------------------------
 
+    def check_choices(self, num_prompts: int, n: int) -> None:
+        """Raise ApiError for more choices than one request may ask for, or none."""
+        if not 1 <= num_prompts * n <= self._config.max_prompts:
+            raise ApiError(
+                "invalid_request",
+                f"prompts x n must be from 1 to {self._config.max_prompts}, got {num_prompts} x {n}; "
+                "send fewer",
+                "n" if n > 1 else "prompt",
+            )
+
     async def job(
         self,
         body: GenerationBody,
@@ -127,13 +137,7 @@ class Dispatcher:
         """What to send for a body whose prompts are `prompts`, in tokens. Checks everything, computes
         nothing."""
         n = body.n or 1
-        if not prompts or len(prompts) * n > self._config.max_prompts:
-            raise ApiError(
-                "invalid_request",
-                f"prompts x n must be from 1 to {self._config.max_prompts}, got {len(prompts)} x {n}; "
-                "send fewer",
-                "n" if n > 1 else "prompt",
-            )
+        self.check_choices(len(prompts), n)
         activity_bins = (body.spts.activity if body.spts else None) or 0
         if activity_bins and len(prompts) * n > 1:
             raise ApiError(

@@ -113,6 +113,7 @@ class Router:
         """POST /v1/completions."""
         body = await self._body(http, CompletionBody)
         self._check_model(body.model)
+        self._dispatcher.check_choices(len(body.prompts), body.n or 1)  # before any of them is encoded
         prompts = [
             await self._encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
             for prompt in body.prompts

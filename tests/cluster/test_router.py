@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import threading
+from unittest.mock import MagicMock
 
 import httpx
 import openai
@@ -76,6 +77,15 @@ async def test_what_takes_long_to_read_is_read_beside_the_event_loop(folder, mon
         answer = await client.post(COMPLETIONS, json=completion(prompt=[7] * 2**16 + [298]))
         assert (answer.status_code, error_of(answer)["param"]) == (400, "prompt")
         assert threads["check_request"].isdisjoint(own)
+
+
+async def test_too_many_prompts_are_refused_before_any_is_encoded(folder, monkeypatch):
+    async with endpoint(folder) as (client, _):
+        encode = MagicMock(return_value=(1,))
+        monkeypatch.setattr("cluster.tokenizer.TextTokenizer.encode", encode)
+        answer = await client.post(COMPLETIONS, json=completion(prompt=["word"] * 65))
+        assert (answer.status_code, encode.call_count) == (400, 0)
+        assert "prompts x n must be from 1 to 64, got 65 x 1" in error_of(answer)["message"]
 
 
 async def test_a_model_by_its_hub_id_is_served_without_its_weights_here(tmp_path, monkeypatch):
