@@ -269,15 +269,25 @@ def check_pools(app: AppConfig) -> None:
         where = f"pools.{index}.method"
         method = parse_method(pool.method)
         try:
-            method.schedule_for(num_layers)
+            schedule = method.schedule_for(num_layers)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}", field=where) from None
+        if not method.needs_proxies:
+            continue
         chosen = app.engines[pool.engine].proxies
         proxies = folder / "proxies" if chosen is None else Path(resolve_path(chosen))
-        if method.needs_proxies and not (proxies / "proxies.json").is_file():
+        if not (proxies / "proxies.json").is_file():
             raise ConfigError(
                 f"{where}.name must not need proxies on a model without them, got {method.name!r} and no "
                 f"proxies in {proxies}; fit them with python -m jobs.calibrate",
+                field=where,
+            )
+        first = json.loads((proxies / "proxies.json").read_text(encoding="utf-8"))["first_layer"]
+        if schedule.stages and schedule.first_skip_layer < first:
+            raise ConfigError(
+                f"{where}.schedule.first_skip_layer must be at least {first}, the first layer with a proxy "
+                f"in {proxies}, got {schedule.first_skip_layer}; skip later, or fit proxies with "
+                "python -m jobs.calibrate --first-layer",
                 field=where,
             )
 

@@ -248,6 +248,15 @@ def test_the_whole_file_is_checked(tmp_path):
             "docs",
             r"pools.1.method.name must not need proxies on a model without them, got 'spts' .*docs; fit them",
         ),
+        (
+            "applications.0.args.pools.1.method.schedule",
+            {
+                "num_layers": 12,
+                "first_skip_layer": 3,
+                "stages": [{"last_layer": 10, "active_tokens": 256, "keep_tokens": None}],
+            },
+            r"first_skip_layer must be at least 4, the first layer with a proxy in .* got 3",
+        ),
     ],
 )
 def test_a_typo_anywhere_in_the_file_is_named(tmp_path, at, value, message):
