@@ -79,7 +79,8 @@ def read_yaml(path: Path) -> object:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # PyYAML lets through what its constructors raise: of a date or tag that is none, of 3,000 brackets.
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError) as error:
         raise ConfigError(f"{path} must be a YAML file, got {error}; correct it", field="config") from None
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cluster.config import Strict, load_yaml
+from cluster.config import Strict, brief, load_yaml
 from jobs.options import schedule_from, writable_folder
 from jobs.tasks import Task, make_tasks
 from spts import methods
@@ -124,7 +124,7 @@ class Sweep(Strict):
     tasks: Annotated[tuple[str | dict[str, Any], ...], Field(strict=False)]
     lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
     samples: int | dict[int, int]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False)] = (0,)
     output: str = Field(min_length=1)
     sample_timeout_s: float = Field(default=600.0, gt=0)
     attempts: int = Field(default=3, ge=1)
@@ -143,7 +143,7 @@ class Sweep(Strict):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(
                     f"{where} must be an integer of at least 1, or a mapping from length to one, "
-                    f"got {count!r}; correct it"
+                    f"got {brief(count)}; correct it"
                 )
         return value
 

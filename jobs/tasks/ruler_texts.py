@@ -124,7 +124,8 @@ def _listed(path: Path, names: Sequence[str]) -> dict[str, str]:
     try:
         # JSON is YAML too.
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # PyYAML lets through what its constructors raise: of a date or tag that is none, of 3,000 brackets.
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError) as error:
         raise _fault(path, f"a file that cannot be read ({error!r})") from error
     if not isinstance(listed, dict):
         raise _fault(path, f"a file of {type(listed).__name__}, not of texts by name")

@@ -212,6 +212,13 @@ def test_labels_cannot_break_a_table(fresh):
     assert "re|cen<i>cy" in page.text
 
 
+@pytest.mark.parametrize("label", [r"cost in $US_$ and $\foo$", "_^{}", r"a\b"])
+def test_labels_are_never_formulas(label, fresh):
+    change_plan(fresh, cell=lambda one: replace(one, label=label) if one.label == "recency" else one)
+    write_report(load(fresh))
+    assert label in Page((fresh / "report.html").read_text()).text
+
+
 def test_the_terminal_table_fits_80_columns(small):
     out = io.StringIO()
     report.terminal(load(small), Console(width=80, file=out, force_terminal=False))

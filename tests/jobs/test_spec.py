@@ -15,7 +15,9 @@ import yaml
 
 import jobs.cells
 import jobs.spec
+from cluster.config import brief
 from jobs.cells import plan_models
+from jobs.options import read_yaml
 from jobs.spec import EngineSpec, Sweep, concrete_schedule, load_sweep, output_folder
 from jobs.sweep import main
 from spts import Proxies, methods
@@ -40,6 +42,10 @@ FAULTS = [
     ({"samples": 0}, "samples must be an integer of at least 1, or a mapping .*, got 0; correct it"),
     ({"samples": {340: 2}}, r"samples must have one entry for each of lengths \[340, 420\], got \[340\]"),
     ({"seeds": [-1]}, "seeds.0 must be greater than or equal to 0, got -1"),
+    ({"seeds": [2**63]}, "seeds.0 must be less than 9223372036854775808, got 9223372036854775808"),
+    ({"sample_timeout_s": float("inf")}, "sample_timeout_s must be a finite number, got inf"),
+    ({"engine": {"start_timeout_s": float("inf")}}, "engine.start_timeout_s must be a finite number"),
+    ({"engine": {"step_timeout_s": float("nan")}}, "engine.step_timeout_s must be a finite number, got nan"),
     ({"engine": {"count": 0}}, "engine.count must be greater than or equal to 1, got 0"),
     ({"engine": {"gpus": 2}}, "engine.gpus must be one of count, in_flight, .*, got an unknown key"),
     ({"engine": {"dtype": "int8"}}, "engine.dtype must be 'float32'.*, got 'int8'"),
@@ -142,6 +148,46 @@ def test_a_missing_or_broken_file_is_named(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("name: [")
     assert main(["--config", str(tmp_path / "bad.yaml")]) == 2
     assert "bad.yaml must be YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'samples: !!int "abc"',
+        "samples: !!bool perhaps",
+        "samples: !!timestamp soon",
+        "samples: 2026-13-45",
+        f"samples: {'9' * 5000}",
+        f"samples: {'[' * 3000}",
+    ],
+    ids=lambda text: text[:25],
+)
+def test_yaml_that_is_no_value_is_named(text, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert "bad.yaml must be YAML, got " in fault_of(["--config", str(tmp_path / "bad.yaml")], capsys)[:200]
+    with pytest.raises(SptsError, match="bad.yaml must be a YAML file"):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("key", ["samples", "model", "tasks", "engine", "endless"])
+def test_aliases_cannot_blow_up(key, tmp_path, capsys):
+    lines = ["a: &a [0, 1, 2, 3, 4, 5, 6, 7, 8]"]
+    lines += [
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+    ]
+    lines.append("endless: &i [*i]" if key == "endless" else f"{key}: *h")
+    (tmp_path / "bad.yaml").write_text("\n".join(lines))
+    assert "must stand for at most 100000 values, got " in (
+        fault := fault_of(["--config", str(tmp_path / "bad.yaml")], capsys)
+    )
+    assert len(fault) < 1000
+
+
+def test_a_quoted_value_is_short():
+    nested: object = "x"
+    for _ in range(6):
+        nested = [nested] * 20
+    assert len(brief(nested)) < 2000
 
 
 @pytest.fixture
