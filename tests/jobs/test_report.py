@@ -601,6 +601,13 @@ def test_provenance_tells_of_every_start_that_has_rows(fresh):
     assert "different hardware" in " ".join(wording.warnings(load(fresh)))
 
 
+@pytest.mark.parametrize("line", [{"end": {"wall_s": 3}}, {}, {"started_unix_s": 1e30}], ids=str)
+def test_a_start_of_which_little_is_known_is_told(line, fresh):
+    (fresh / "provenance.jsonl").write_text(json.dumps({"run": "r0", **line}))
+    write_report(load(fresh))
+    assert "| – | r0 | – | sources unknown |" in (fresh / "report.md").read_text()
+
+
 def test_predicted_time_is_dense_time_by_flop_share(small):
     (model,) = load(small).models
     line, dense = model.by_length["spts", 4096], model.by_length["dense", 4096]

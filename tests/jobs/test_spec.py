@@ -165,7 +165,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path, capsys):
 def test_yaml_that_is_no_value_is_named(text, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
     assert "bad.yaml must be YAML, got " in fault_of(["--config", str(tmp_path / "bad.yaml")], capsys)[:200]
-    with pytest.raises(SptsError, match="bad.yaml must be a YAML file"):
+    with pytest.raises(SptsError, match=r"bad\.yaml must be a YAML file"):
         read_yaml(tmp_path / "bad.yaml")
 
 
