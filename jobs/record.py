@@ -371,13 +371,14 @@ def _planned(line: dict[str, Any]) -> PlannedSample:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replaces a file at one stroke: readers see the old one or the new one, whole."""
+    """Replaces a file at one stroke: readers see the old one or the new one, whole. Raises DiskError."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextmanager

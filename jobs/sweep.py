@@ -25,7 +25,7 @@ from rich.console import Console
 from cluster.protocol import EngineError
 from jobs import forecast, provenance
 from jobs.cells import ModelPlan, plan_models
-from jobs.lines import DiskError, writing
+from jobs.lines import DiskError
 from jobs.progress import PromptProgress, SweepProgress, clock_time
 from jobs.prompts import PromptFile, Prompts
 from jobs.record import PlanWriter, check_schema, iterate_rows, locked
@@ -179,8 +179,7 @@ def _report(folder: Path) -> int:
     results = load(folder)
     if not results.done:
         return 0
-    with writing(folder / "report.html"):
-        page = write_report(results)
+    page = write_report(results)
     terminal(results, Console(width=None if sys.stdout.isatty() else 100))
     _say(f"report: {page}")
     return len(results.failed)

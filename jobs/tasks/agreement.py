@@ -163,7 +163,7 @@ def _read(path: Path) -> list[Document]:
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"texts must be readable UTF-8 files, got {file} ({error}); correct the path or the file",
             field="texts",

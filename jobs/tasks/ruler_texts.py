@@ -140,7 +140,7 @@ def _constant(folder: Path, file: str, name: str, *keys: str) -> str:
     path = folder / file
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise _fault(path, f"a file that cannot be read ({error!r})") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(

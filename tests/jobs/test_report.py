@@ -325,6 +325,19 @@ def test_the_command_line(small, fresh, tmp_path, capsys):
     assert "results must be a folder of jobs.sweep" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("first", ["report.md", "compare.md"])
+@pytest.mark.parametrize("full", [True, False], ids=["full disk", "folder in its place"])
+def test_a_report_that_cannot_be_written_is_named(full, first, small, fresh, capsys):
+    folders = [str(small), str(fresh)] if first == "compare.md" else [str(fresh)]
+    if full:
+        (fresh / f"{first}.new").symlink_to("/dev/full")
+    else:
+        (fresh / f"{first}.new").mkdir()
+    assert report.main(folders) == 2
+    why = "No space left on device" if full else "Is a directory"
+    assert f"error: results must be written to {fresh / first}, got {why}" in capsys.readouterr().err
+
+
 def test_pareto_front(small):
     (model,) = load(small).models
     front = plots.pareto_front(list(model.overall.values()), plots.flop_share)
