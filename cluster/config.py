@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -268,7 +269,7 @@ def resolve_path(path: str) -> str:
     """An absolute path for a folder that exists in the working directory or beside the packages, else `path`
     itself (a hub id). Workers of a Ray cluster have working directories of their own."""
     for base in (Path.cwd(), Path(__file__).resolve().parent.parent):
-        if (base / path).is_dir():
+        if os.path.isdir(base / path):  # Path's own raises for a name that is too long
             return str((base / path).resolve())
     return path
 

@@ -108,15 +108,16 @@ def writable_folder(path: str | os.PathLike[str], *, field: str = "out") -> Path
     """`path` as a folder that files can be written to, made if it is not there. Raises ConfigError about
     `field`.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # Path's own raises where there is no such user
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{field} must be a folder that can be written, got {folder} ({error.strerror}); choose another",
+            f"{field} must be a folder that can be written, got {folder} ({reason}); choose another",
             field=field,
         ) from None
     return folder

@@ -14,6 +14,7 @@ output: results/demo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
@@ -234,7 +235,7 @@ def output_folder(sweep: Sweep, chosen: str | None) -> Path:
     In a copy of the working directory, which Ray makes for a job and deletes after it, a relative path is
     meant from the home folder. Creates the folder. Raises ConfigError if it cannot be written.
     """
-    path = Path(chosen or sweep.output).expanduser()
+    path = Path(os.path.expanduser(chosen or sweep.output))
     if not path.is_absolute():
         path = (Path.home() if is_uploaded_copy() else Path.cwd()) / path
     return writable_folder(path, field="output")

@@ -8,6 +8,7 @@ only cuts the text; whoever runs the model measures (`cluster.protocol.Agreement
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from bisect import bisect_right
@@ -133,7 +134,7 @@ class AgreementTask:
     def _documents(self) -> list[Document]:
         if not self.texts:
             return [Document(name="shipped", text="\n".join(haystack("held_out")))]
-        return [document for text in self.texts for document in _read(Path(text).expanduser())]
+        return [document for text in self.texts for document in _read(Path(os.path.expanduser(text)))]
 
 
 def _last(ends: Sequence[int], start: int, length: int) -> int:
@@ -143,7 +144,7 @@ def _last(ends: Sequence[int], start: int, length: int) -> int:
 
 def _read(path: Path) -> list[Document]:
     """The text of a file, or of every file below a folder that is not hidden, by name. Raises ConfigError."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
         files = [
             file
             for file in sorted(path.rglob("*"))

@@ -7,13 +7,13 @@ inside a group), there is an error here.
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from spts.errors import ConfigError, config_error, require_int
@@ -66,7 +66,7 @@ def _index(folder: str | None) -> Any:
 
     if folder is None:
         return TaskManager()
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):  # Path's own raises for a name that is too long
         raise config_error(
             "tasks.lm_eval.include_path", "be a folder of lm-eval tasks", repr(folder), "correct it"
         )

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import string
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -83,7 +84,7 @@ def ruler_texts(names: tuple[str, ...], templates: str | None) -> Mapping[str, s
             or has one too many.
     """
     path = _lm_eval_folder() if templates is None else Path(templates)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
         places = _RULER if (path / "constants.py").is_file() else _LM_EVAL
         texts = {name: _constant(path, *places[name]) for name in names}
     else:

@@ -117,6 +117,24 @@ FAULTS = [
         "proxies must start at first_skip_layer 1 or before, got proxies from layer 2 on",
     ),
     ({"proxies": "nowhere"}, "proxies must be a folder with proxies.json, got .*nowhere"),
+    ({"model": "m" * 5000}, "model must be a folder or a hub id .*, got mmm"),
+    ({"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict()}], "proxies": "p" * 5000}, "proxies must"),
+    ({"output": "~nobody-of-this-name/x\0"}, "output must be a folder that can be written, got .*~nobody.*embedded null byte"),
+    *(
+        ({"tasks": [{"name": task, key: [path] if key == "texts" else path}]}, rf"task '{task}': {key} must")
+        for task, key in (
+            ("qa_1", "squad"),
+            ("niah_single_1", "words"),
+            ("niah_single_1", "templates"),
+            ("agreement", "texts"),
+            ("qasper", "data"),
+        )
+        for path in ("a\0b", "~nobody-of-this-name/x", "a" * 5000)
+    ),
+    (
+        {"tasks": [{"name": "ruler", "tasks": [["vt"]]}]},
+        r"tasks.ruler.tasks must be names of .*, got \['vt'\]",
+    ),
     ({"model": "nowhere/at/all"}, "model must be a folder or a hub id .*, got nowhere/at/all"),
 ]
 
