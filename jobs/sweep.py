@@ -9,10 +9,20 @@ without `ray job submit`; it then uses the cluster it finds, or one of its own.
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def _interrupted(*_: object) -> None:
+        print("interrupted: nothing was started", file=sys.stderr)
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, _interrupted)  # the imports below take seconds
+
 import argparse
 import asyncio
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -272,4 +282,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -88,6 +88,12 @@ class AgreementTask:
             cut = list(self._windows(tokens, document, length, f"{self.name}-{length}-{seed}-{index}"))
             ranks = rng.sample(range(len(cut)), k=len(cut))
             windows += [(rank, rng.random(), sample) for rank, sample in zip(ranks, cut, strict=True)]
+        if not windows and (most := tokens.count(longest.text)) > length + self.follow_tokens:
+            raise ConfigError(
+                f"length must hold a line of the text, or 200 characters of a longer one, got {length} "
+                f"tokens, and {most} in {longest.name} of which no window can be cut; use a larger length",
+                field="length",
+            )
         if not windows:
             raise ConfigError(
                 f"texts must have a document of more than {length} + {self.follow_tokens} tokens, got at "

@@ -72,6 +72,10 @@ FAULTS = [
     ),
     ({"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict(), "proxies": "no"}]}, "proxies must be a"),
     ({"tasks": ["single", {"name": "single", "depth": 3}]}, r"tasks.1: tasks.single.depth must be a known"),
+    (
+        {"tasks": [{"name": "agreement", "follow_tokens": 10**9}]},
+        r"tasks must leave room for a prompt in the context of .* \(512 tokens\), got answers of up to 10{9}",
+    ),
     ({"tasks": [{"names": "single"}]}, "tasks.0: task must be one of .*, got None; fix the name"),
     (
         {"tasks": ["single", "needle"]},
@@ -119,7 +123,10 @@ FAULTS = [
     ({"proxies": "nowhere"}, "proxies must be a folder with proxies.json, got .*nowhere"),
     ({"model": "m" * 5000}, "model must be a folder or a hub id .*, got mmm"),
     ({"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict()}], "proxies": "p" * 5000}, "proxies must"),
-    ({"output": "~nobody-of-this-name/x\0"}, "output must be a folder that can be written, got .*~nobody.*embedded null byte"),
+    (
+        {"output": "~nobody-of-this-name/x\0"},
+        "output must be a folder that can be written, got .*~nobody.*embedded null byte",
+    ),
     *(
         ({"tasks": [{"name": task, key: [path] if key == "texts" else path}]}, rf"task '{task}': {key} must")
         for task, key in (
