@@ -63,7 +63,7 @@ class EngineConfig(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     tensor_parallel_size: int = Field(default=1, ge=1)
-    proxies: str | None = None
+    proxies: str | None = Field(default=None, min_length=1)
     max_model_len: int | None = Field(default=None, ge=2)
     num_threads: int = Field(default=1, ge=1)
     max_running: int = Field(default=8, ge=1)

@@ -62,7 +62,7 @@ class MethodSpec(Strict):
     name: str
     label: str | None = Field(default=None, min_length=1, max_length=40)
     schedule: str | dict[str, Any] | None = None
-    proxies: str | None = None
+    proxies: str | None = Field(default=None, min_length=1)
 
     @field_validator("name")
     @classmethod
@@ -119,7 +119,7 @@ class Sweep(Strict):
 
     name: str = Field(min_length=1, max_length=80)
     model: Annotated[tuple[str, ...], Field(strict=False)]
-    proxies: str | None = None
+    proxies: str | None = Field(default=None, min_length=1)
     engine: EngineSpec = EngineSpec()
     methods: Annotated[tuple[MethodSpec, ...], Field(strict=False)]
     tasks: Annotated[tuple[str | dict[str, Any], ...], Field(strict=False)]

@@ -22,10 +22,12 @@ from jobs.aligned import aligned
 from jobs.columns import LINE_FIELDS, SAMPLE_FIELDS
 from jobs.drilldown import drilldown
 from jobs.facts import facts
+from jobs.markdown import cell_text
 from jobs.record import read_plan, read_rows
 from jobs.report import write_report
 from jobs.stats import holm, mean_interval, paired_difference
 from jobs.summary import load
+from jobs.tables import csv_text
 from jobs.tasks import FAMILIES, get_task
 from jobs.tasks.needle import NeedleTask
 from spts.errors import ConfigError
@@ -210,6 +212,26 @@ def test_labels_cannot_break_a_table(fresh):
     page = Page((fresh / "report.html").read_text())
     assert "i" not in page.tags
     assert "re|cen<i>cy" in page.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("![i](http://a/b)", "![i]&#40;http://a/b)"),
+        (r"\![i\](http://a/b)", r"\![i\]&#40;http://a/b)"),
+        ("`a` <b>|", "&#96;a&#96; &lt;b>\\|"),
+        ("−0.9 [−2.1, +0.3]", "−0.9 [−2.1, +0.3]"),
+    ],
+)
+def test_text_in_markdown_is_no_markup(text, expected):
+    assert cell_text(text) == expected
+
+
+@pytest.mark.parametrize("label", ['=HYPERLINK("http://a")', "+1", "-1", "@x"])
+def test_labels_are_no_formulas_of_a_spreadsheet(label, fresh):
+    change_plan(fresh, cell=lambda one: replace(one, label=label) if one.label == "recency" else one)
+    labels = {line["label"] for line in csv.DictReader(csv_text(load(fresh)).splitlines())}
+    assert labels == {"dense", "spts", "random", f"'{label}"}
 
 
 @pytest.mark.parametrize("label", [r"cost in $US_$ and $\foo$", "_^{}", r"a\b"])

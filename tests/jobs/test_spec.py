@@ -120,6 +120,11 @@ FAULTS = [
         {"methods": [{"name": "spts", "schedule": {**SCHEDULE.to_dict(), "first_skip_layer": 1}}]},
         "proxies must start at first_skip_layer 1 or before, got proxies from layer 2 on",
     ),
+    ({"proxies": ""}, "proxies must have at least 1 character, got ''"),
+    (
+        {"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict(), "proxies": ""}]},
+        "methods.0.proxies must have at least 1 character, got ''",
+    ),
     ({"proxies": "nowhere"}, "proxies must be a folder with proxies.json, got .*nowhere"),
     ({"model": "m" * 5000}, "model must be a folder or a hub id .*, got mmm"),
     ({"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict()}], "proxies": "p" * 5000}, "proxies must"),
