@@ -8,6 +8,8 @@ nothing
 from __future__ import annotations
 
 import json
+import math
+import os
 import reprlib
 import sys
 from collections.abc import Hashable, Mapping
@@ -22,11 +24,15 @@ from spts.errors import ConfigError
 from spts.methods import Method
 from spts.schedule import PRESETS
 
+MAX_VALUES = 100_000  # in a YAML file
+
 
 class Strict(BaseModel):
-    """Base of every configuration model: unknown keys are errors, instances do not change."""
+    """Base of every configuration model: unknown keys are errors, numbers are finite, instances do not
+    change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # JSON, which every configuration is recorded as, has no infinity.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class EngineConfig(Strict):
@@ -57,7 +63,7 @@ class EngineConfig(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     tensor_parallel_size: int = Field(default=1, ge=1)
-    proxies: str | None = None
+    proxies: str | None = Field(default=None, min_length=1)
     max_model_len: int | None = Field(default=None, ge=2)
     num_threads: int = Field(default=1, ge=1)
     max_running: int = Field(default=32, ge=1)
@@ -296,7 +302,7 @@ def resolve_path(path: str) -> str:
     """An absolute path for a folder that exists in the working directory or beside the packages, else `path`
     itself (a hub id). Workers of a Ray cluster have working directories of their own."""
     for base in (Path.cwd(), Path(__file__).resolve().parent.parent):
-        if (base / path).is_dir():
+        if os.path.isdir(base / path):  # Path's own raises for a name that is too long
             return str((base / path).resolve())
     return path
 
@@ -318,7 +324,9 @@ def parse(data: object, model: type[Model], *, source: str) -> Model:
 def load_yaml(path: str | Path, model: type[Model]) -> Model:
     """Read a YAML file as a `model`. Raises ConfigError as `parse`, and for a file that is missing or not
     YAML."""
-    return parse(read_yaml(path), model, source=str(path))
+    data = read_yaml(path)
+    _check_size(data, path)
+    return parse(data, model, source=str(path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -345,13 +353,36 @@ def read_yaml(path: str | Path) -> object:
         raise ConfigError(
             f"{path} must be a readable YAML file, got {error.strerror}; check the path", field="config"
         ) from None
-    except yaml.YAMLError as error:
+    # PyYAML lets through what its constructors raise: of a date or tag that is none, of 3,000 brackets.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError) as error:
         raise ConfigError(f"{path} must be YAML, got {error}; correct it", field="config") from None
+
+
+def _check_size(data: object, path: str | Path) -> None:
+    """Raises ConfigError for a YAML file whose aliases make it endless, or far more than what it says."""
+    sizes: dict[int, float] = {}
+
+    def size(value: object) -> float:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = math.inf  # what it is while it holds itself
+            values = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size, values))
+        return sizes[id(value)]
+
+    if size(data) > MAX_VALUES:
+        raise ConfigError(
+            f"{path} must stand for at most {MAX_VALUES} values, got {size(data):g}, its aliases written "
+            "out; use fewer of them",
+            field="config",
+        )
 
 
 def brief(value: object) -> str:
     """`value` as an error quotes it: its repr, cut where it is long or deep."""
     short = reprlib.Repr()
+    short.maxlevel = 2
     short.maxstring = short.maxother = short.maxlong = 100
     short.maxlist = short.maxtuple = short.maxdict = 10
     return short.repr(value)
@@ -382,6 +413,7 @@ def check_ray_config(path: str | Path) -> AppConfig:
     from ray.serve.schema import ServeDeploySchema
 
     data = read_yaml(path)
+    _check_size(data, path)
     _refuse_unknown_keys(data, ServeDeploySchema, str(path))
     try:
         deploy = ServeDeploySchema.model_validate(data)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.tokenizer import TextTokenizer
+from jobs.lines import DiskError
 from jobs.options import describe_schedule, read_schedule, writable_folder, write_json
 from jobs.verdict import TaskCurve, Verdict, judge, table
 from spts.cost import ProxyShape, planned_work, speedup
-from spts.errors import ConfigError, SptsError, require_int
+from spts.errors import ConfigError, SptsError, config_error, require_int
 from spts.methods import Dense, Spts
 
 if TYPE_CHECKING:
@@ -134,12 +135,18 @@ def read_documents(paths: Sequence[Path], tokenizer: TextTokenizer) -> list[list
 def task_names(chosen: Sequence[str]) -> list[str]:
     """Task names for `--task`; "needle" stands for all needle tasks with one answer. Raises ConfigError."""
     from jobs.tasks import get_task
+    from jobs.tasks.agreement import AgreementTask
     from jobs.tasks.needle import NEEDLE_TASKS
 
     family = [task.name for task in NEEDLE_TASKS if task.num_values == 1]
     names = [name for each in chosen for name in (family if each == "needle" else [each])]
     for name in names:
-        get_task(name)
+        if isinstance(task := get_task(name), AgreementTask):
+            raise ConfigError(
+                f"task must have answers to be right or wrong, got {task.name!r}; every calibration measures "
+                "agreement by itself",
+                field="task",
+            )
     return list(dict.fromkeys(names))
 
 
@@ -247,7 +254,14 @@ def calibrate(args: argparse.Namespace) -> Verdict:
     )
     first_layer = min(schedule.first_skip_layer, num_layers - 1)
     if args.first_layer is not None:
-        first_layer = min(first_layer, args.first_layer)
+        if not 0 <= args.first_layer <= first_layer:
+            raise config_error(
+                "first_layer",
+                f"be 0 to {first_layer}, the first layer that the schedule skips tokens in",
+                args.first_layer,
+                "use less, or another schedule",
+            )
+        first_layer = args.first_layer
     work = planned_work(schedule, args.tokens)
     print(
         f"model      {args.model}: {num_layers} layers, hidden {bare.shape.hidden_size}, {args.dtype} on "
@@ -310,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         calibrate(args)
-    except SptsError as error:
+    except (SptsError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -185,7 +185,15 @@ def _by_proxies(sweep: Sweep) -> dict[str | None, list[tuple[int, MethodSpec]]]:
 
 
 def _check_lengths(sweep: Sweep, source: str, context: int) -> None:
-    """A prompt's room for its answer is seen when it is made: to some tasks a length is that of both."""
+    """A prompt's room for its answer is seen when it is made: to some tasks a length is that of both. An
+    answer without any is seen here, as making prompts for it could take very long."""
+    for task in sweep.all_tasks:
+        if task.max_new_tokens >= context:
+            raise ConfigError(
+                f"tasks must leave room for a prompt in the context of {source} ({context} tokens), got "
+                f"answers of up to {task.max_new_tokens} tokens of {task.name!r}; ask for less",
+                field="tasks",
+            )
     for length in sweep.lengths:
         if length > context:
             raise ConfigError(

@@ -58,7 +58,7 @@ def short(text: str) -> str:
 
 def day(unix_s: Any) -> str:
     """Seconds since 1970 as a date and time."""
-    if not isinstance(unix_s, int | float):
+    if not isinstance(unix_s, int | float) or not abs(unix_s) < 1e11:  # no year of four digits
         return "–"
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix_s))
 

@@ -37,8 +37,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def to_line(value: Mapping[str, Any]) -> bytes:
-    """One JSON object as a line; NaN and infinity are refused."""
-    return json.dumps(value, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+    """One JSON object as a line; NaN and infinity are refused.
+
+    Half of a surrogate pair, as a file's name in an error can hold, becomes a question mark: no report could
+    be written of it.
+    """
+    line = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    if "\\ud" in line:
+        line = json.dumps(json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")))
+    return line.encode() + b"\n"
 
 
 def append(file: BinaryIO, line: bytes) -> None:
@@ -69,21 +76,34 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     """The object that a line holds, if it holds one."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, without a torn last one.
+    """The objects of a file of JSON lines, the n-th of line n, without a torn last one.
 
     Raises:
-        ConfigError: another line that is no JSON object.
+        ConfigError: no file that can be read; another line that is no JSON object, or has half of a surrogate
+            pair.
     """
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} must be a file that can be read, got {error.strerror}; restore it", field=str(path)
+        ) from None
+    with opened as file:
         for number, line in enumerate(file, start=1):
             value = parsed(line)
             if value is not None:
+                if (b"\\ud" in line.lower() or b"\xed" in line) and not _is_text(value):
+                    raise ConfigError(
+                        f"{path}:{number} must be text, got half of a surrogate pair; restore the file or "
+                        "delete that line",
+                        field=str(path),
+                    )
                 yield value
             elif line.endswith(b"\n"):  # the last one may be torn: its sample simply counts as not done yet
                 raise ConfigError(
@@ -91,3 +111,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     "restore the file or delete that line",
                     field=str(path),
                 )
+
+
+def _is_text(value: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

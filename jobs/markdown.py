@@ -146,5 +146,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def cell_text(text: str) -> str:
-    """Text that can neither end a cell nor begin a tag."""
-    return visible(text).replace("|", "\\|").replace("<", "&lt;")
+    """Text that can neither end a cell nor begin a tag, a link, an image or code.
+
+    Entities where the text may bring its own backslash, which would undo one of ours.
+    """
+    text = visible(text).replace("|", "\\|").replace("<", "&lt;")
+    return text.replace("](", "]&#40;").replace("`", "&#96;")

@@ -79,7 +79,8 @@ def read_yaml(path: Path) -> object:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # PyYAML lets through what its constructors raise: of a date or tag that is none, of 3,000 brackets.
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError) as error:
         raise ConfigError(f"{path} must be a YAML file, got {error}; correct it", field="config") from None
 
 
@@ -107,15 +108,16 @@ def writable_folder(path: str | os.PathLike[str], *, field: str = "out") -> Path
     """`path` as a folder that files can be written to, made if it is not there. Raises ConfigError about
     `field`.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # Path's own raises where there is no such user
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{field} must be a folder that can be written, got {folder} ({error.strerror}); choose another",
+            f"{field} must be a folder that can be written, got {folder} ({reason}); choose another",
             field=field,
         ) from None
     return folder

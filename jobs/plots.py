@@ -34,6 +34,7 @@ RC = {
     "xtick.color": _FAINT,
     "ytick.color": _FAINT,
     "legend.frameon": False,
+    "text.parse_math": False,  # names are drawn as they are: a dollar sign begins no formula
 }
 
 
@@ -268,13 +269,8 @@ def _legend(figure: Figure, axes: Any, model: ModelSummary) -> None:
     if labels and not numbered(model):
         handles = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]  # no whiskers
         columns = max(1, min(4, len(labels), 52 // (max(map(len, labels)) + 5)))
-        figure.legend(handles, [literal(label) for label in labels], loc="outside upper left", ncols=columns,
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns,
                       handlelength=1.6, columnspacing=1.2, fontsize=8.5)  # fmt: skip
-
-
-def literal(text: str) -> str:
-    """A label that Matplotlib draws as it is: a dollar sign would begin a formula."""
-    return text.replace("$", r"\$")
 
 
 def svg(figure: Figure) -> str:

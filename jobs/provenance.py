@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs import shapes
 from jobs.lines import append as append_line
 from jobs.lines import read_lines, repair_last_line, to_line, writing
 
@@ -56,12 +57,25 @@ def finish(folder: Path, run: str, end: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """One entry per start of the sweep, oldest first. One without `end` was killed."""
+    """One entry per start of the sweep, oldest first. One without `end` was killed.
+
+    Raises ConfigError for a line that is none of these, other than a torn last one.
+    """
     path = folder / _FILE
     starts: dict[str, dict[str, Any]] = {}
-    for line in read_lines(path) if path.is_file() else ():
+    for number, line in enumerate(read_lines(path) if path.exists() else (), 1):
+        _check(line, f"{path}:{number}")
         starts.setdefault(line["run"], {}).update(line)
     return list(starts.values())
+
+
+def _check(line: Mapping[str, Any], where: str) -> None:
+    shapes.check(shapes.Start, line, where, more=True)
+    shapes.check(shapes.Engine, line.get("engine", {}), f"{where}: engine", more=True)
+    shapes.check(shapes.End, line.get("end", {}), f"{where}: end", more=True)
+    config = line.get("config", {})
+    shapes.check(shapes.Config, config, f"{where}: config", more=True)
+    shapes.check(shapes.EngineChoice, config.get("engine", {}), f"{where}: config.engine", more=True)
 
 
 def code_hash(root: Path) -> str:

@@ -29,11 +29,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from jobs import columns
+from jobs import columns, shapes
 from jobs.lines import DiskError, append, parsed, read_lines, repair_last_line, to_line, writing
 from spts.errors import ConfigError
 
 SCHEMA_VERSION = 2
+
+# Tasks that score without any: by how a method agrees with dense, and by lm-eval's own documents.
+_WITHOUT_REFERENCES = ("agreement", "lm_eval")
 
 _ROWS = "rows"
 _PLAN = "plan.jsonl"
@@ -199,20 +202,31 @@ def iterate_rows(folder: Path) -> Iterator[Row]:
     """All rows of a results folder as they lie on disk; a key that was tried again comes again.
 
     Raises:
-        ConfigError: a line that is no row, other than a torn last one.
+        ConfigError: a line that is no row, other than a torn last one: file and line are named.
     """
     known = {f.name for f in fields(Row)}
     for path in sorted((folder / _ROWS).glob("*.jsonl")):
-        for value in read_lines(path):
+        for number, value in enumerate(read_lines(path), 1):
             if unknown := sorted(set(value) ^ known):
                 raise ConfigError(
                     f"rows of {path} must have the keys of schema {SCHEMA_VERSION}, got other {unknown}; "
                     "use them with the version of this package that wrote them, or choose another folder",
                     field=str(path),
                 )
-            if value["token_ids"] is not None:
-                value["token_ids"] = tuple(value["token_ids"])
-            yield Row(**value)
+            yield _row(value, f"{path}:{number}")
+
+
+def _row(value: dict[str, Any], where: str) -> Row:
+    row = Row(**shapes.check(Row, value, where))
+    if row.agreement is not None:
+        found = shapes.check(shapes.Agreement, row.agreement, f"{where}: agreement")
+        if not found["rank"] or len(found["kl"]) != len(found["rank"]):
+            raise shapes.damaged(
+                where,
+                "agreement must have a kl and a rank for each of at least one token, got "
+                f"{len(found['kl'])} and {len(found['rank'])}",
+            )
+    return row
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
@@ -314,7 +328,8 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a results folder.
 
     Raises:
-        ConfigError: no plan there, one of another schema, or one that is not whole.
+        ConfigError: no plan there, one of another schema, one that is not whole, or one with a damaged line:
+            file and line are named.
     """
     check_schema(folder)
     path = folder / _PLAN
@@ -323,19 +338,43 @@ def read_plan(folder: Path) -> Plan:
             f"results must be a folder of jobs.sweep, got {folder} without {_PLAN}; run the sweep first",
             field="results",
         )
-    head, *lines = read_lines(path)
+    first, *lines = read_lines(path)
     end = lines.pop() if lines else {}
-    if end != {_NUM_SAMPLES: len(lines)} or len({line["key"] for line in lines}) < len(lines):
+    if end != {_NUM_SAMPLES: len(lines)} or len({str(line.get("key")) for line in lines}) < len(lines):
         raise ConfigError(
             f"{path} must hold each sample once and end with their number, got {len(lines)} samples and the "
             f"end {str(end)[:60]}; restore the file, or run the sweep again (answers that are there stay)",
             field="results",
         )
+    head = shapes.check(shapes.PlanHead, first, f"{path}:1", more=True)
+    cells = {cell.id: cell for cell in _cells(head["cells"], f"{path}:1")}
     return Plan(
         name=head["name"],
-        cells=tuple(CellRecord(**cell) for cell in head["cells"]),
-        samples=tuple(_planned(line) for line in lines),
+        cells=tuple(cells.values()),
+        samples=tuple(_sample(line, cells, f"{path}:{number}") for number, line in enumerate(lines, 2)),
     )
+
+
+def _cells(values: Sequence[Mapping[str, Any]], where: str) -> Iterator[CellRecord]:
+    if not values:
+        raise shapes.damaged(where, "cells must hold at least one, got []")
+    for index, value in enumerate(values):
+        at = f"{where}: cells.{index}"
+        cell = CellRecord(**shapes.check(CellRecord, value, at))
+        shapes.check(shapes.Named, cell.task_spec, f"{at}.task_spec", more=True)
+        content = shapes.check(shapes.Content, cell.content, f"{at}.content", more=True)
+        shapes.check(shapes.Named, content["method"], f"{at}.content.method", more=True)
+        yield cell
+
+
+def _sample(value: Mapping[str, Any], cells: Mapping[str, CellRecord], where: str) -> PlannedSample:
+    sample = PlannedSample(**shapes.check(PlannedSample, value, where))
+    cell = cells.get(sample.cell)
+    if cell is None:
+        raise shapes.damaged(where, f"cell must be one of the plan's, got {sample.cell!r}")
+    if not sample.references and cell.task_spec["name"] not in _WITHOUT_REFERENCES:
+        raise shapes.damaged(where, "references must hold at least one, got []")
+    return sample
 
 
 def _planned(line: dict[str, Any]) -> PlannedSample:
@@ -343,13 +382,14 @@ def _planned(line: dict[str, Any]) -> PlannedSample:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replaces a file at one stroke: readers see the old one or the new one, whole."""
+    """Replaces a file at one stroke: readers see the old one or the new one, whole. Raises DiskError."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextmanager

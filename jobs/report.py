@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jobs.compare import compare
 from jobs.compare_report import print_comparison, write_comparison
+from jobs.lines import DiskError
 from jobs.markdown import markdown
 from jobs.page import html
 from jobs.record import write_file
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             results = load(options.results)
             page, status = write_report(results), 2 if results.unscored else 0
             terminal(results, console)
-    except ConfigError as error:
+    except (ConfigError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"report: {page.resolve()}")

@@ -14,6 +14,7 @@ output: results/demo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
@@ -22,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cluster.config import Strict, load_yaml
+from cluster.config import Strict, brief, load_yaml
 from jobs.options import schedule_from, writable_folder
 from jobs.tasks import Task, make_tasks
 from spts import methods
@@ -61,7 +62,7 @@ class MethodSpec(Strict):
     name: str
     label: str | None = Field(default=None, min_length=1, max_length=40)
     schedule: str | dict[str, Any] | None = None
-    proxies: str | None = None
+    proxies: str | None = Field(default=None, min_length=1)
 
     @field_validator("name")
     @classmethod
@@ -118,13 +119,13 @@ class Sweep(Strict):
 
     name: str = Field(min_length=1, max_length=80)
     model: Annotated[tuple[str, ...], Field(strict=False)]
-    proxies: str | None = None
+    proxies: str | None = Field(default=None, min_length=1)
     engine: EngineSpec = EngineSpec()
     methods: Annotated[tuple[MethodSpec, ...], Field(strict=False)]
     tasks: Annotated[tuple[str | dict[str, Any], ...], Field(strict=False)]
     lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
     samples: int | dict[int, int]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(strict=False)] = (0,)
     output: str = Field(min_length=1)
     sample_timeout_s: float = Field(default=600.0, gt=0)
     attempts: int = Field(default=3, ge=1)
@@ -143,7 +144,7 @@ class Sweep(Strict):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(
                     f"{where} must be an integer of at least 1, or a mapping from length to one, "
-                    f"got {count!r}; correct it"
+                    f"got {brief(count)}; correct it"
                 )
         return value
 
@@ -239,7 +240,7 @@ def output_folder(sweep: Sweep, chosen: str | None) -> Path:
     In a copy of the working directory, which Ray makes for a job and deletes after it, a relative path is
     meant from the home folder. Creates the folder. Raises ConfigError if it cannot be written.
     """
-    path = Path(chosen or sweep.output).expanduser()
+    path = Path(os.path.expanduser(chosen or sweep.output))
     if not path.is_absolute():
         path = (Path.home() if is_uploaded_copy() else Path.cwd()) / path
     return writable_folder(path, field="output")

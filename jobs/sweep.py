@@ -9,10 +9,20 @@ without `ray job submit`; it then uses the cluster it finds, or one of its own.
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def _interrupted(*_: object) -> None:
+        print("interrupted: nothing was started", file=sys.stderr)
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, _interrupted)  # the imports below take seconds
+
 import argparse
 import asyncio
 import secrets
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +35,7 @@ from rich.console import Console
 from cluster.protocol import EngineError
 from jobs import forecast, provenance
 from jobs.cells import ModelPlan, plan_models
-from jobs.lines import DiskError, writing
+from jobs.lines import DiskError
 from jobs.progress import PromptProgress, SweepProgress, clock_time
 from jobs.prompts import PromptFile, Prompts
 from jobs.record import PlanWriter, check_schema, iterate_rows, locked
@@ -179,8 +189,7 @@ def _report(folder: Path) -> int:
     results = load(folder)
     if not results.done:
         return 0
-    with writing(folder / "report.html"):
-        page = write_report(results)
+    page = write_report(results)
     terminal(results, Console(width=None if sys.stdout.isatty() else 100))
     _say(f"report: {page}")
     return len(results.failed)
@@ -273,4 +282,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -18,15 +18,23 @@ if TYPE_CHECKING:
 
 
 def csv_text(results: Results) -> str:
-    """One line per method over all samples, per length, per task, and per cell."""
+    """One line per method over all samples, per length, per task, and per cell.
+
+    A name that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in LINE_FIELDS], lineterminator="\n")
     writer.writeheader()
     for values in _lines(results):
         writer.writerow(
             {name: round(value, 9) if isinstance(value, float) else value for name, value in values.items()}
+            | {name: f"'{value}" for name, value in values.items() if _is_formula(value)}
         )
     return out.getvalue()
+
+
+def _is_formula(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
 def lines_parquet(results: Results) -> bytes:

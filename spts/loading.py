@@ -101,7 +101,7 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> Path:
     weights. weights: False = configuration and tokenizer are enough.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path's own raises for a name that is too long
         return folder
     name = os.fspath(path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:

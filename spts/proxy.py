@@ -218,7 +218,7 @@ class Proxies:
 
         path = Path(folder)
         for name in (MANIFEST_FILE, WEIGHTS_FILE):
-            if not (path / name).is_file():
+            if not os.path.isfile(path / name):  # Path's own raises for a name that is too long
                 raise ProxyError(
                     f"proxies must be a folder with {name}, got {path}; "
                     "fit them with python -m jobs.calibrate",

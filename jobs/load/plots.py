@@ -145,7 +145,7 @@ def _time_axis(axes: Any, end_s: float) -> None:
 
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, [plots.literal(label) for label in labels], loc="outside upper left", ncols=3,
+    figure.legend(handles, labels, loc="outside upper left", ncols=3,
                   handlelength=1.8, columnspacing=1.2, fontsize=8.5)  # fmt: skip
 
 

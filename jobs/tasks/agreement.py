@@ -8,6 +8,7 @@ only cuts the text; whoever runs the model measures (`cluster.protocol.Agreement
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from bisect import bisect_right
@@ -87,6 +88,12 @@ class AgreementTask:
             cut = list(self._windows(tokens, document, length, f"{self.name}-{length}-{seed}-{index}"))
             ranks = rng.sample(range(len(cut)), k=len(cut))
             windows += [(rank, rng.random(), sample) for rank, sample in zip(ranks, cut, strict=True)]
+        if not windows and (most := tokens.count(longest.text)) > length + self.follow_tokens:
+            raise ConfigError(
+                f"length must hold a line of the text, or 200 characters of a longer one, got {length} "
+                f"tokens, and {most} in {longest.name} of which no window can be cut; use a larger length",
+                field="length",
+            )
         if not windows:
             raise ConfigError(
                 f"texts must have a document of more than {length} + {self.follow_tokens} tokens, got at "
@@ -133,7 +140,7 @@ class AgreementTask:
     def _documents(self) -> list[Document]:
         if not self.texts:
             return [Document(name="shipped", text="\n".join(haystack("held_out")))]
-        found = [document for text in self.texts for document in _read(Path(text).expanduser())]
+        found = [document for text in self.texts for document in _read(Path(os.path.expanduser(text)))]
         for index, one in enumerate(found):
             same = next((other for other in found[:index] if other.text == one.text), None)
             if same is not None:
@@ -150,7 +157,7 @@ def _last(ends: Sequence[int], start: int, length: int) -> int:
 
 def _read(path: Path) -> list[Document]:
     """The text of a file, or of every file below a folder that is not hidden, by name. Raises ConfigError."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
         files = [
             file
             for file in sorted(path.rglob("*"))
@@ -170,7 +177,7 @@ def _read(path: Path) -> list[Document]:
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"texts must be readable UTF-8 files, got {file} ({error}); correct the path or the file",
             field="texts",

@@ -271,8 +271,10 @@ def make(name: str, params: Mapping[str, Any]) -> tuple[LmEvalTask, ...]:
         raise config_error(f"{where}.tasks", "be a list of at least one name", repr(names), "correct it")
     given = {key: value for key, value in params.items() if key != "tasks" and value is not None}
     for key in ("include_path", "metric"):
-        if not isinstance(given.get(key, ""), str):
-            raise config_error(f"{where}.{key}", "be a string", repr(given[key]), "correct it")
+        if not isinstance(given.get(key, "x"), str) or given.get(key) == "":
+            raise config_error(
+                f"{where}.{key}", "be a string that is not empty", repr(given[key]), "correct it"
+            )
     if "num_fewshot" in given:
         require_int(f"{where}.num_fewshot", given["num_fewshot"], minimum=0)
     found = dict.fromkeys(task for one in names for task in source.expand(one, given.get("include_path")))

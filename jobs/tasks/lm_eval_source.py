@@ -7,13 +7,13 @@ inside a group), there is an error here.
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from spts.errors import ConfigError, config_error, require_int
@@ -66,7 +66,7 @@ def _index(folder: str | None) -> Any:
 
     if folder is None:
         return TaskManager()
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):  # Path's own raises for a name that is too long
         raise config_error(
             "tasks.lm_eval.include_path", "be a folder of lm-eval tasks", repr(folder), "correct it"
         )
@@ -161,7 +161,7 @@ def load(task: str, include_path: str | None) -> Loaded:
         with seeded():
             loaded = _manager(task, include_path).load([task])["tasks"][task]
     except Exception as error:  # files, hub, templates, functions: whatever a task's author left to fail
-        where, remedy = f"lm-eval task {task!r}", "check its YAML file and its data"
+        where, remedy = f"lm-eval task {task!r}", "check its YAML file, and that its data has documents"
         raise config_error(where, "load with its data", one_line(error), remedy) from error
     return Loaded(task=loaded, documents=loaded.task_docs)
 
@@ -186,4 +186,5 @@ def one_line(error: BaseException) -> str:
     """An outside error's first cause, short enough to stand inside one of ours."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,9 @@ class Source:
     def folder(self, name: str) -> Path:
         """The local folder with set `name`, downloaded first if it is on the hub. Raises ConfigError."""
         if self.data is not None:
-            folder = Path(self.data).expanduser()
-            if not folder.is_dir():
+            # Path's own raise where there is no such user, and for a name that is too long.
+            folder = Path(os.path.expanduser(self.data))
+            if not os.path.isdir(folder):
                 raise config_error("data", "be a folder", repr(self.data), "correct the path")
             return folder
         from huggingface_hub import snapshot_download
@@ -157,6 +159,9 @@ def _files(folder: Path, name: str) -> list[Path]:
     ]
     found = only(candidates, f"the set {name!r}")
     files = sorted(found.glob("*.parquet")) if found is not None and found.is_dir() else [found]
+    for file in files:
+        if file is not None and not file.is_file():  # reading a pipe would wait for ever
+            raise ConfigError(f"data must be regular files, got {file}; put a file there", field="data")
     if not files or files[0] is None:
         raise ConfigError(
             f"data must hold {name}.jsonl, {name}.parquet or {name}/*.parquet, got none of them in {folder}; "
@@ -226,7 +231,7 @@ def _info(place: str, record: Mapping[str, Any]) -> dict[str, str | int]:
         if record.get(key) is not None:
             info[key] = _text(place, record, key)
     length = record.get("length")
-    if isinstance(length, str) and length.isdecimal():
+    if isinstance(length, str) and length.isdecimal() and len(length) < 20:
         length = int(length)
     if length is not None:
         if isinstance(length, bool) or not isinstance(length, int):
@@ -239,7 +244,7 @@ def _text(place: str, record: Mapping[str, Any], key: str) -> str:
     if key not in record:
         raise _fault(f"{place}: {key}", "must be given", "no such field")
     value = record[key]
-    if not _is_text(value):
+    if not is_text(value):
         raise _fault(f"{place}: {key}", "must be a text", _short(value))
     return str(value)
 
@@ -248,12 +253,12 @@ def _texts(place: str, record: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if key not in record:
         raise _fault(f"{place}: {key}", "must be given", "no such field")
     value = record[key]
-    if not isinstance(value, list) or not value or not all(_is_text(each) for each in value):
+    if not isinstance(value, list) or not value or not all(is_text(each) for each in value):
         raise _fault(f"{place}: {key}", "must be a list of at least one text", _short(value))
     return tuple(value)
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """A string, without the half of a surrogate pair, which has no bytes in UTF-8."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 

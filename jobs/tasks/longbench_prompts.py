@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from jobs.tasks.longbench_data import only
+from jobs.tasks.longbench_data import is_text, only
 from spts.errors import ConfigError
 
 FILE = "dataset2prompt.json"
@@ -67,11 +67,15 @@ def _fault(name: str, template: Template, got: str) -> ConfigError:
 
 
 def _official(file: Path, name: str) -> Template:
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} must be a regular file, got another; put the official one there", field="data"
+        )
     try:
         prompts = json.loads(file.read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} must be JSON, got {error}; get the file again", field="data") from None
-    if not isinstance(prompts, dict) or not isinstance(prompts.get(name), str):
+    if not isinstance(prompts, dict) or not is_text(prompts.get(name)):
         raise ConfigError(
             f"{file} must hold a prompt under {name!r}, got none; get the official file", field="data"
         )

@@ -181,7 +181,7 @@ def make(name: str, params: Mapping[str, Any]) -> tuple[RulerTask, ...]:
                 "tasks.ruler.tasks", "be a list of different names", repr(listed), "correct it"
             )
         for each in listed:
-            if each not in KINDS:
+            if not isinstance(each, str) or each not in KINDS:
                 rule = f"be names of {', '.join(KINDS)}"
                 raise config_error("tasks.ruler.tasks", rule, repr(each), "correct the name")
         names = tuple(listed)

@@ -63,7 +63,7 @@ def read_questions(form: Literal["squad", "hotpotqa"], path: str | None) -> Ques
         try:
             text = Path(path).read_text(encoding="utf-8")
             data = json.loads(text)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise config_error(
                 form, "be a readable JSON file", f"{path} ({error})", "name the data set's file"
             ) from error

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import string
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -83,7 +84,7 @@ def ruler_texts(names: tuple[str, ...], templates: str | None) -> Mapping[str, s
             or has one too many.
     """
     path = _lm_eval_folder() if templates is None else Path(templates)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
         places = _RULER if (path / "constants.py").is_file() else _LM_EVAL
         texts = {name: _constant(path, *places[name]) for name in names}
     else:
@@ -124,7 +125,8 @@ def _listed(path: Path, names: Sequence[str]) -> dict[str, str]:
     try:
         # JSON is YAML too.
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # PyYAML lets through what its constructors raise: of a date or tag that is none, of 3,000 brackets.
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError) as error:
         raise _fault(path, f"a file that cannot be read ({error!r})") from error
     if not isinstance(listed, dict):
         raise _fault(path, f"a file of {type(listed).__name__}, not of texts by name")
@@ -139,7 +141,7 @@ def _constant(folder: Path, file: str, name: str, *keys: str) -> str:
     path = folder / file
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise _fault(path, f"a file that cannot be read ({error!r})") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(

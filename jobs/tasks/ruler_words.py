@@ -73,7 +73,7 @@ def ruler_words(folder: str | None) -> Words:
         path = Path(folder) / name
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise config_error(
                 "words",
                 f"be a folder with {', '.join(_FILES.values())}",

@@ -164,6 +164,14 @@ def test_a_faulty_entry_is_refused(entry, message):
         make_tasks({"name": "agreement", **entry})
 
 
+def test_a_length_shorter_than_a_piece_of_text_is_named(tmp_path):
+    text = write(tmp_path / "long.txt", "x" * 1000)
+    with pytest.raises(
+        ConfigError, match=r"length must hold a line .*, got 20 tokens, and 1000 in long\.txt"
+    ):
+        draw(task_over(text), Characters())
+
+
 def test_a_faulty_text_is_named(tmp_path):
     missing, short, latin = tmp_path / "none.txt", write(tmp_path / "short.txt", "too short"), tmp_path / "l"
     latin.write_bytes("Grüße".encode("latin-1"))

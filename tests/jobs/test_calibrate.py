@@ -237,3 +237,17 @@ def test_a_lost_task_is_not_safe_however_well_text_agrees():
     verdict = judge(safety([1.0] * 6, method=1.0), [lost], schedule_from(3), min_agreement=0.9)
     assert (verdict.safe, verdict.early, verdict.safe_from_layer) == (False, True, 4)
     assert "NOT SAFE on twohop: 30.0% of 50 right, dense 96.0%" in verdict.lines
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 99])
+def test_a_first_layer_after_the_schedules_is_refused(layer, folder, text, tmp_path, capsys):
+    schedule = schedule_file(tmp_path / "s.yaml", 12)
+    assert run(folder, text, tmp_path / "o", "--schedule", schedule, "--first-layer", str(layer)) == 2
+    assert f"first_layer must be 0 to 2, the first layer that the schedule skips tokens in, got {layer};" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_task_without_answers_is_refused(folder, text, tmp_path, capsys):
+    assert run(folder, text, tmp_path / "out", "--task", "agreement") == 2
+    assert "task must have answers to be right or wrong, got 'agreement'" in capsys.readouterr().err

@@ -320,6 +320,18 @@ def test_settings_that_lm_eval_would_ignore(folder):
         make_tasks(folder.entry("zero", num_fewshot=2))
 
 
+def test_a_data_set_without_documents(folder):
+    folder.write_documents("test", [])
+    with pytest.raises(ConfigError, match=r"'lamps' must .*, got .*[^ :]; check .* has documents"):
+        get_task(folder.entry(folder.add("lamps"))).content()
+
+
+@pytest.mark.parametrize("key", ["metric", "include_path"])
+def test_empty_strings_are_refused(key):
+    with pytest.raises(ConfigError, match=f"tasks.lm_eval.{key} must be a string that is not empty, got ''"):
+        make_tasks({"name": "lm_eval", "tasks": ["gsm8k"], key: ""})
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,7 @@ def without(key: str) -> Callable[[dict[str, Any]], str]:
         ("qasper", changed(answers=[]), r"answers must be a list of at least one text, got \[\]"),
         ("qasper", changed(answers="x"), "answers must be a list of at least one text, got 'x'"),
         ("qasper", changed(answers=["x", 3]), "answers must be a list of at least one text"),
+        ("qasper", changed(length="9" * 5000), "length must be an integer, got '999"),
         ("qasper", changed(length="long"), "length must be an integer, got 'long'"),
         ("trec", changed(all_classes=None), "all_classes must be a list of at least one text, got None"),
         ("trec", without("all_classes"), "all_classes must be given"),
@@ -399,6 +401,7 @@ def test_faults_of_parquet_files(tmp_path):
         ('{"trec": "{context}"}', r"must hold a prompt under 'qasper', got none"),
         ('{"qasper": "{context} {answers}"}', r"the prompt of qasper .* \['answers', 'context'\]"),
         ('{"qasper": "{input}"}', r"the prompt of qasper .* \['input'\]"),
+        ('{"qasper": "{context} \\ud800"}', r"must hold a prompt under 'qasper', got none"),
         ('{"qasper": "{context!r}"}', r"the prompt of qasper"),
         ('{"qasper": "{context} }"}', r"the prompt of qasper .*Single '}'"),
     ],
@@ -406,6 +409,15 @@ def test_faults_of_parquet_files(tmp_path):
 def test_a_template_that_cannot_be_filled(folder, text, fault):
     (folder / "dataset2prompt.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=fault):
+        get_task({"name": "qasper", "data": str(folder)}).content()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+@pytest.mark.parametrize("name", ["qasper.jsonl", "dataset2prompt.json"])
+def test_what_is_no_file_is_refused(name, make, folder):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(ConfigError, match=r"must be (a )?regular files?|must hold qasper\.jsonl"):
         get_task({"name": "qasper", "data": str(folder)}).content()
 
 

@@ -22,7 +22,7 @@ def row(key: str, **changes) -> Row:
         "attempts": 1,
         "finished_unix_s": 1.5,
     }
-    return Row(key=key, **{**fields, "text": "a\nb é \udcff", "token_ids": (1, 2), **changes})
+    return Row(key=key, **{**fields, "text": "a\nb é 😀", "token_ids": (1, 2), **changes})
 
 
 def write(folder, rows, engine="engine-0"):
@@ -88,6 +88,106 @@ def test_a_retried_sample_counts_once_and_without_its_error(tmp_path):
     write(tmp_path, [row("b")], "engine-0")
     write(tmp_path, [row("b", error="later")], "engine-1")
     assert {key: one.error for key, one in read_rows(tmp_path).items()} == {"a": None, "b": None}
+
+
+def change_line(path, number, change):
+    """Line `number` of a file of JSON lines, an object that `change` is put into, or another text."""
+    lines = path.read_text().splitlines()
+    value = json.loads(lines[number - 1])
+    lines[number - 1] = change if isinstance(change, str) else json.dumps({**value, **change})
+    path.write_text("\n".join(lines) + "\n")
+
+
+DAMAGED_ROWS = [
+    ({"text": 5}, "text must be a valid string, got 5"),
+    ({"token_ids": 5}, "token_ids must be a valid tuple, got 5"),
+    ({"token_ids": ["a"]}, "token_ids.0 must be a valid integer, got 'a'"),
+    ({"token_ids": [2**63]}, "token_ids.0 must be less than 9223372036854775808"),
+    ({"ttft_s": "x"}, "ttft_s must be a valid number, got 'x'"),
+    ({"ttft_s": float("nan")}, "ttft_s must be a finite number, got nan"),
+    ({"key": [5]}, r"key must be a valid string, got \[5\]"),
+    ({"agreement": {}}, "agreement: kl must be given, got nothing"),
+    ({"agreement": {"kl": [], "rank": []}}, "agreement must have a kl and a rank .*, got 0 and 0"),
+    ({"agreement": {"kl": [0.5], "rank": [1, 1]}}, "agreement must have a kl and a rank .*, got 1 and 2"),
+    ({"agreement": {"kl": [0.5], "rank": ["1"]}}, "agreement: rank.0 must be a valid integer, got '1'"),
+    ({"peak_memory_bytes": 10**30}, "peak_memory_bytes must be less than 9223372036854775808"),
+    ({"text": "\ud800"}, "must be text, got half of a surrogate pair"),
+    ("[" * 100_000, "must be one JSON object a line"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED_ROWS, ids=[str(row[0])[:40] for row in DAMAGED_ROWS])
+def test_a_damaged_row_is_named(change, message, tmp_path):
+    write(tmp_path, [row("a"), row("b"), row("c")])
+    change_line(tmp_path / "rows" / "engine-0.jsonl", 2, change)
+    with pytest.raises(ConfigError, match=rf"engine-0\.jsonl:2:? {message}.*; restore the file or delete"):
+        read_rows(tmp_path)
+
+
+def test_a_folder_in_the_place_of_rows_is_named(tmp_path):
+    (tmp_path / "rows" / "x.jsonl").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"x\.jsonl must be a file that can be read, got Is a directory"):
+        read_rows(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_written_as_a_question_mark(tmp_path):
+    write(tmp_path, [row("a", error="no file /tmp/\udcff", text=r"\ud800 😀")])
+    assert read_rows(tmp_path)["a"].error == "no file /tmp/?"
+    assert read_rows(tmp_path)["a"].text == r"\ud800 😀"
+
+
+CELL = {"id": "i", "label": "l", "model": "m", "content": {}, "task_spec": {"name": "single"}}
+DAMAGED_PLANS = [
+    (1, '{"schema": 2, "cells": []}', "name must be given, got nothing"),
+    (1, '{"schema": 2, "name": "x"}', "cells must be given, got nothing"),
+    (1, {"name": 5}, "name must be a valid string, got 5"),
+    (1, {"cells": None}, "cells must be a valid tuple, got None"),
+    (1, {"cells": []}, r"cells must hold at least one, got \[\]"),
+    (1, {"cells": [5]}, "cells.0 must be a valid dictionary, got 5"),
+    (1, {"cells": [{}]}, "cells.0: id must be given, got nothing"),
+    (1, {"cells": [{**CELL, "task_spec": {}}]}, "cells.0.task_spec: name must be given, got nothing"),
+    (1, {"cells": [CELL]}, "cells.0.content: task must be given, got nothing"),
+    (2, {"colour": "red"}, "colour must be a known key, got 'red'"),
+    (2, {"meta": None}, "meta must be a valid dictionary, got None"),
+    (2, {"references": None}, "references must be a valid tuple, got None"),
+    (2, {"references": []}, r"references must hold at least one, got \[\]"),
+    (2, {"cell": "other"}, "cell must be one of the plan's, got 'other'"),
+    (2, {"prompt_tokens": "x"}, "prompt_tokens must be a valid integer, got 'x'"),
+    (2, '{"key": "k"}', "cell must be given, got nothing"),
+    (2, "[" * 100_000, "must be one JSON object a line"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "message"), DAMAGED_PLANS, ids=[str(one[1])[:40] for one in DAMAGED_PLANS]
+)
+def test_a_damaged_plan_is_named(line, change, message, tmp_path):
+    write_results(tmp_path, methods=("dense",), tasks=("single",), lengths=(64,), count=2)
+    change_line(tmp_path / "plan.jsonl", line, change)
+    match = rf"plan\.jsonl:{line}:? {message}.*; restore the file or delete that line"
+    with pytest.raises(ConfigError, match=match):
+        read_plan(tmp_path)
+
+
+DAMAGED_STARTS = [
+    ("{}", "run must be given, got nothing"),
+    ({"run": 5}, "run must be a valid string, got 5"),
+    ({"engine": None}, "engine must be a valid dictionary, got None"),
+    ({"config": None}, "config must be a valid dictionary, got None"),
+    ({"config": {"engine": None}}, "config: engine must be a valid dictionary, got None"),
+    ({"config": {"engine": {"in_flight": "2"}}}, "config.engine: in_flight must be a valid integer, got '2'"),
+    ({"end": {"engines": [1]}}, r"end: engines must be a valid dictionary, got \[1\]"),
+    ({"command": "python"}, "command must be a valid tuple, got 'python'"),
+    ({"started_unix_s": "today"}, "started_unix_s must be a valid number, got 'today'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED_STARTS, ids=[str(one[0]) for one in DAMAGED_STARTS])
+def test_a_damaged_start_is_named(change, message, tmp_path):
+    provenance.append(tmp_path, {"run": "1"})
+    change_line(tmp_path / "provenance.jsonl", 1, change)
+    with pytest.raises(ConfigError, match=rf"provenance\.jsonl:1: {message}; restore the file or delete"):
+        provenance.read(tmp_path)
 
 
 def test_nan_is_refused_before_anything_is_written(tmp_path):

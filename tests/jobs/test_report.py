@@ -22,10 +22,12 @@ from jobs.aligned import aligned
 from jobs.columns import LINE_FIELDS, SAMPLE_FIELDS
 from jobs.drilldown import drilldown
 from jobs.facts import facts
+from jobs.markdown import cell_text
 from jobs.record import read_plan, read_rows
 from jobs.report import write_report
 from jobs.stats import holm, mean_interval, paired_difference
 from jobs.summary import load
+from jobs.tables import csv_text
 from jobs.tasks import FAMILIES, get_task
 from jobs.tasks.needle import NeedleTask
 from spts.errors import ConfigError
@@ -212,6 +214,33 @@ def test_labels_cannot_break_a_table(fresh):
     assert "re|cen<i>cy" in page.text
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("![i](http://a/b)", "![i]&#40;http://a/b)"),
+        (r"\![i\](http://a/b)", r"\![i\]&#40;http://a/b)"),
+        ("`a` <b>|", "&#96;a&#96; &lt;b>\\|"),
+        ("−0.9 [−2.1, +0.3]", "−0.9 [−2.1, +0.3]"),
+    ],
+)
+def test_text_in_markdown_is_no_markup(text, expected):
+    assert cell_text(text) == expected
+
+
+@pytest.mark.parametrize("label", ['=HYPERLINK("http://a")', "+1", "-1", "@x"])
+def test_labels_are_no_formulas_of_a_spreadsheet(label, fresh):
+    change_plan(fresh, cell=lambda one: replace(one, label=label) if one.label == "recency" else one)
+    labels = {line["label"] for line in csv.DictReader(csv_text(load(fresh)).splitlines())}
+    assert labels == {"dense", "spts", "random", f"'{label}"}
+
+
+@pytest.mark.parametrize("label", [r"cost in $US_$ and $\foo$", "_^{}", r"a\b"])
+def test_labels_are_never_formulas(label, fresh):
+    change_plan(fresh, cell=lambda one: replace(one, label=label) if one.label == "recency" else one)
+    write_report(load(fresh))
+    assert label in Page((fresh / "report.html").read_text()).text
+
+
 def test_the_terminal_table_fits_80_columns(small):
     out = io.StringIO()
     report.terminal(load(small), Console(width=80, file=out, force_terminal=False))
@@ -316,6 +345,19 @@ def test_the_command_line(small, fresh, tmp_path, capsys):
     assert (fresh / "report.html").is_file()
     assert report.main([str(tmp_path / "nowhere")]) == 2
     assert "results must be a folder of jobs.sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["report.md", "compare.md"])
+@pytest.mark.parametrize("full", [True, False], ids=["full disk", "folder in its place"])
+def test_a_report_that_cannot_be_written_is_named(full, first, small, fresh, capsys):
+    folders = [str(small), str(fresh)] if first == "compare.md" else [str(fresh)]
+    if full:
+        (fresh / f"{first}.new").symlink_to("/dev/full")
+    else:
+        (fresh / f"{first}.new").mkdir()
+    assert report.main(folders) == 2
+    why = "No space left on device" if full else "Is a directory"
+    assert f"error: results must be written to {fresh / first}, got {why}" in capsys.readouterr().err
 
 
 def test_pareto_front(small):
@@ -592,6 +634,13 @@ def test_provenance_tells_of_every_start_that_has_rows(fresh):
     assert f"sources {provenance.code_hash(root)}" in told["scored by"]
     assert told["device"] == "cpu, 1 rank(s) an engine; a large accelerator, 1 rank(s) an engine"
     assert "different hardware" in " ".join(wording.warnings(load(fresh)))
+
+
+@pytest.mark.parametrize("line", [{"end": {"wall_s": 3}}, {}, {"started_unix_s": 1e30}], ids=str)
+def test_a_start_of_which_little_is_known_is_told(line, fresh):
+    (fresh / "provenance.jsonl").write_text(json.dumps({"run": "r0", **line}))
+    write_report(load(fresh))
+    assert "| – | r0 | – | sources unknown |" in (fresh / "report.md").read_text()
 
 
 def test_predicted_time_is_dense_time_by_flop_share(small):

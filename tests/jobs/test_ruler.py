@@ -380,6 +380,8 @@ def test_content_says_what_a_sample_is_made_of(templates, tmp_path):
         ({"name": "ruler", "tasks": []}, "tasks.ruler.tasks"),
         ({"name": "ruler", "tasks": "vt"}, "tasks.ruler.tasks"),
         ({"name": "ruler", "tasks": ["vt", "vt"]}, "tasks.ruler.tasks"),
+        ({"name": "ruler", "tasks": [["vt"]]}, "tasks.ruler.tasks"),
+        ({"name": "ruler", "tasks": [{"a": 1}]}, "tasks.ruler.tasks"),
         ({"name": "ruler", "tasks": ["vtt"]}, "tasks.ruler.tasks"),
         ({"name": "ruler", "length": 3}, "tasks.ruler.length"),
     ],

@@ -241,6 +241,13 @@ def test_a_data_set_at_fault(form, data, message, tmp_path):
     assert "set.json" in str(refused.value)
 
 
+@pytest.mark.parametrize("text", [f"[{'9' * 5000}]", "[" * 100_000], ids=["digits", "brackets"])
+def test_a_data_set_that_python_cannot_read(text, tmp_path):
+    (tmp_path / "set.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="squad must be a readable JSON file"):
+        read_questions("squad", str(tmp_path / "set.json"))
+
+
 def test_a_data_set_that_is_no_json(tmp_path):
     file = tmp_path / "set.json"
     file.write_text('{"data": [\n  {oops\n', encoding="utf-8")

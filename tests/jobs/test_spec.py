@@ -15,7 +15,9 @@ import yaml
 
 import jobs.cells
 import jobs.spec
+from cluster.config import brief
 from jobs.cells import plan_models
+from jobs.options import read_yaml
 from jobs.spec import EngineSpec, Sweep, concrete_schedule, load_sweep, output_folder
 from jobs.sweep import main
 from spts import Proxies, methods
@@ -41,6 +43,10 @@ FAULTS = [
     ({"samples": 0}, "samples must be an integer of at least 1, or a mapping .*, got 0; correct it"),
     ({"samples": {340: 2}}, r"samples must have one entry for each of lengths \[340, 420\], got \[340\]"),
     ({"seeds": [-1]}, "seeds.0 must be greater than or equal to 0, got -1"),
+    ({"seeds": [2**63]}, "seeds.0 must be less than 9223372036854775808, got 9223372036854775808"),
+    ({"sample_timeout_s": float("inf")}, "sample_timeout_s must be a finite number, got inf"),
+    ({"engine": {"start_timeout_s": float("inf")}}, "engine.start_timeout_s must be a finite number"),
+    ({"engine": {"step_timeout_s": float("nan")}}, "engine.step_timeout_s must be a finite number, got nan"),
     ({"engine": {"count": 0}}, "engine.count must be greater than or equal to 1, got 0"),
     ({"engine": {"gpus": 2}}, "engine.gpus must be one of count, in_flight, .*, got an unknown key"),
     ({"engine": {"dtype": "int8"}}, "engine.dtype must be 'float32'.*, got 'int8'"),
@@ -67,6 +73,10 @@ FAULTS = [
     ),
     ({"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict(), "proxies": "no"}]}, "proxies must be a"),
     ({"tasks": ["single", {"name": "single", "depth": 3}]}, r"tasks.1: tasks.single.depth must be a known"),
+    (
+        {"tasks": [{"name": "agreement", "follow_tokens": 10**9}]},
+        r"tasks must leave room for a prompt in the context of .* \(512 tokens\), got answers of up to 10{9}",
+    ),
     ({"tasks": [{"names": "single"}]}, "tasks.0: task must be one of .*, got None; fix the name"),
     (
         {"tasks": ["single", "needle"]},
@@ -111,7 +121,33 @@ FAULTS = [
         {"methods": [{"name": "spts", "schedule": {**SCHEDULE.to_dict(), "first_skip_layer": 1}}]},
         "proxies must start at first_skip_layer 1 or before, got proxies from layer 2 on",
     ),
+    ({"proxies": ""}, "proxies must have at least 1 character, got ''"),
+    (
+        {"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict(), "proxies": ""}]},
+        "methods.0.proxies must have at least 1 character, got ''",
+    ),
     ({"proxies": "nowhere"}, "proxies must be a folder with proxies.json, got .*nowhere"),
+    ({"model": "m" * 5000}, "model must be a folder or a hub id .*, got mmm"),
+    ({"methods": [{"name": "spts", "schedule": SCHEDULE.to_dict()}], "proxies": "p" * 5000}, "proxies must"),
+    (
+        {"output": "~nobody-of-this-name/x\0"},
+        "output must be a folder that can be written, got .*~nobody.*embedded null byte",
+    ),
+    *(
+        ({"tasks": [{"name": task, key: [path] if key == "texts" else path}]}, rf"task '{task}': {key} must")
+        for task, key in (
+            ("qa_1", "squad"),
+            ("niah_single_1", "words"),
+            ("niah_single_1", "templates"),
+            ("agreement", "texts"),
+            ("qasper", "data"),
+        )
+        for path in ("a\0b", "~nobody-of-this-name/x", "a" * 5000)
+    ),
+    (
+        {"tasks": [{"name": "ruler", "tasks": [["vt"]]}]},
+        r"tasks.ruler.tasks must be names of .*, got \['vt'\]",
+    ),
     ({"model": "nowhere/at/all"}, "model must be a folder or a hub id .*, got nowhere/at/all"),
 ]
 
@@ -143,6 +179,46 @@ def test_a_missing_or_broken_file_is_named(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("name: [")
     assert main(["--config", str(tmp_path / "bad.yaml")]) == 2
     assert "bad.yaml must be YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'samples: !!int "abc"',
+        "samples: !!bool perhaps",
+        "samples: !!timestamp soon",
+        "samples: 2026-13-45",
+        f"samples: {'9' * 5000}",
+        f"samples: {'[' * 3000}",
+    ],
+    ids=lambda text: text[:25],
+)
+def test_yaml_that_is_no_value_is_named(text, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert "bad.yaml must be YAML, got " in fault_of(["--config", str(tmp_path / "bad.yaml")], capsys)[:200]
+    with pytest.raises(SptsError, match=r"bad\.yaml must be a YAML file"):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("key", ["samples", "model", "tasks", "engine", "endless"])
+def test_aliases_cannot_blow_up(key, tmp_path, capsys):
+    lines = ["a: &a [0, 1, 2, 3, 4, 5, 6, 7, 8]"]
+    lines += [
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+    ]
+    lines.append("endless: &i [*i]" if key == "endless" else f"{key}: *h")
+    (tmp_path / "bad.yaml").write_text("\n".join(lines))
+    assert "must stand for at most 100000 values, got " in (
+        fault := fault_of(["--config", str(tmp_path / "bad.yaml")], capsys)
+    )
+    assert len(fault) < 1000
+
+
+def test_a_quoted_value_is_short():
+    nested: object = "x"
+    for _ in range(6):
+        nested = [nested] * 20
+    assert len(brief(nested)) < 2000
 
 
 @pytest.fixture

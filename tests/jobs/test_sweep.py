@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import resource
 import socket
 import subprocess
@@ -335,3 +336,14 @@ def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("jobs.sweep._main", interrupted)
     assert main(["--config", "any.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted: the same command again goes on from here\n"
+
+
+def test_ctrl_c_while_importing_ends_in_one_line(tmp_path):
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.sweep", "--config", "any.yaml"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "interrupted: nothing was started\n")
