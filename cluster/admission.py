@@ -37,13 +37,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
         )
     if request.follow:
         _check_follow(request, info.vocab_size)
-    if request.method.needs_proxies and not info.has_proxies:
-        raise EngineError(
-            "invalid_request",
-            f"method must not need proxies on a model without them, got {request.method.name!r}; "
-            "fit them with python -m jobs.calibrate, or use dense",
-            "method",
-        )
+    if request.method.needs_proxies:
+        _check_proxies(request.method, info)
     num_bytes = request_bytes(request, info)
     if num_bytes > info.kv_bytes_limit:
         raise too_large(num_bytes, info.kv_bytes_limit)
@@ -70,11 +65,18 @@ def demand(request: Request, info: EngineInfo) -> Demand:
     method, shape = request.method, info.shape
     depth = method.schedule_for(shape.num_layers).first_skip_layer
     work = method.planned_work(shape.num_layers, len(request.token_ids))
+    flops = cost.prefill_flops(shape, work, info.proxy).total
+    if request.follow:  # the dense run to compare with too, and in both of them the given tokens but the last
+        prompt, whole = (
+            cost.dense_flops(shape, len(request.token_ids) + more).total
+            for more in (0, len(request.follow) - 1)
+        )
+        flops += whole + whole - prompt
     return Demand(
         request_id=request.request_id,
         token_ids=request.token_ids,
         kv_bytes=request_bytes(request, info),
-        flops=cost.prefill_flops(shape, work, info.proxy).total,
+        flops=flops,
         depth=depth,
         document_bytes=cost.prefix_bytes(
             shape, 1, depth, dtype_bytes=info.dtype_bytes, world_size=info.world_size
@@ -113,6 +115,25 @@ def _prompt_bytes(method: Method, num_tokens: int, max_new_tokens: int, info: En
         proxy=info.proxy,
         slice_flops=info.slice_flops,
     )
+
+
+def _check_proxies(method: Method, info: EngineInfo) -> None:
+    if info.first_proxy_layer is None:
+        raise EngineError(
+            "invalid_request",
+            f"method must not need proxies on a model without them, got {method.name!r}; "
+            "fit them with python -m jobs.calibrate, or use dense",
+            "method",
+        )
+    schedule = method.schedule_for(info.shape.num_layers)
+    for layer in range(info.first_proxy_layer):
+        if schedule.active_tokens(layer) is not None:
+            raise EngineError(
+                "invalid_request",
+                f"schedule must skip in no layer before {info.first_proxy_layer}, the first with proxies, "
+                f"got layer {layer}; begin to skip there, or fit more with python -m jobs.calibrate",
+                "schedule",
+            )
 
 
 def _check_follow(request: Request, vocab_size: int) -> None:

@@ -142,11 +142,6 @@ class GenerationBody(Body):
         """Stop strings, none or more."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token; None = no log-probabilities at all."""
         raise NotImplementedError
@@ -157,7 +152,7 @@ class GenerationBody(Body):
         return []
 
     def token_limit(self) -> int | None:
-        """Most tokens to answer with; None = as many as fit."""
+        """Most tokens to answer with; None = not said."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from cluster.answers import Answer, Piece, Unpredicted, Usage
 from cluster.api import GenerationBody
 from cluster.metrics import ChoiceClock, Metrics
-from cluster.protocol import Chunk, EngineError, FinishReason, Request
+from cluster.protocol import Chunk, FinishReason, Request, too_late
 from cluster.tokenizer import TextStream, TextTokenizer
 from spts.sampling import TokenLogprobs
 
@@ -42,21 +42,27 @@ class Job:
     timeout_s: float
     arrived: float = field(default_factory=time.perf_counter)
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until nobody waits for the answer any more: `timeout_s` is for all of the request, from its
+        body to its last token."""
+        return max(0.0, self.arrived + self.timeout_s - time.perf_counter())
+
 
 async def pieces(job: Job, tokenizer: TextTokenizer, metrics: Metrics) -> AsyncGenerator[Piece, None]:
     """The pieces of all choices as they come. Raises what the first failing choice raises, and ends the
     others."""
     out: asyncio.Queue[Piece | None] = asyncio.Queue()
+    clocks = [ChoiceClock(metrics, job.usage.method, job.arrived) for _ in job.requests]
 
     async def run(index: int, request: Request) -> None:
-        clock = ChoiceClock(metrics, job.usage.method, job.arrived)
-        async with aclosing(_choice(job, index, request, tokenizer, clock)) as choice:
+        async with aclosing(_choice(job, index, request, tokenizer, clocks[index])) as choice:
             async for piece in choice:
                 out.put_nowait(piece)
 
     async def run_all() -> None:
         try:
-            async with asyncio.timeout(job.timeout_s), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(job.left_s), asyncio.TaskGroup() as group:
                 for index, request in enumerate(job.requests):
                     group.create_task(run(index, request))
         finally:
@@ -67,10 +73,12 @@ async def pieces(job: Job, tokenizer: TextTokenizer, metrics: Metrics) -> AsyncG
         while (piece := await out.get()) is not None:
             yield piece
         await everyone
+    except (asyncio.CancelledError, GeneratorExit):  # the client has left
+        for clock in clocks:
+            clock.abort()
+        raise
     except TimeoutError:
-        raise EngineError(
-            "deadline", f"the answer must take at most {job.timeout_s:g} s; it took longer"
-        ) from None
+        raise too_late(job.timeout_s) from None
     except BaseExceptionGroup as group:
         raise _first(group) from None
     finally:
@@ -87,6 +95,7 @@ async def _choice(
         held = await _echoed(job, index, job.echoes[index], tokenizer)
     before = len(held.text)
     stream = TextStream(tokenizer, job.body.stops)
+    clock.send()
     async with aclosing(job.send(request)) as chunks:
         async for chunk in chunks:
             clock.chunk(chunk)

@@ -13,7 +13,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -67,7 +67,7 @@ class EngineConfig(Strict):
     proxies: str | None = Field(default=None, min_length=1)
     max_model_len: int | None = Field(default=None, ge=2)
     num_threads: int = Field(default=1, ge=1)
-    max_running: int = Field(default=8, ge=1)
+    max_running: int = Field(default=32, ge=1)
     max_waiting: int = Field(default=64, ge=0)
     max_waiting_tokens: int = Field(default=2**20, ge=1)
     slice_tokens: int | None = Field(default=1024, ge=64)
@@ -152,6 +152,8 @@ class AppConfig(Strict):
     max_echo_tokens: longest prompt whose own log-probabilities a request may ask for (echo); all of its
     distributions are in memory at once, and other requests wait. allowed_methods: what a request may choose.
     min_budget_tokens: least active_tokens and keep_tokens of a schedule that a request brings.
+    max_budget_tokens: the most; None = the largest active_tokens of `pools`, any if none of them skips.
+    default_max_tokens: of a chat that does not say how long its answer may be, for which memory is reserved.
     """
 
     served_model_name: str | None = None
@@ -164,6 +166,8 @@ class AppConfig(Strict):
     max_echo_tokens: int = Field(default=2048, ge=0)
     allowed_methods: Annotated[tuple[str, ...], Field(strict=False)] = tuple(methods.METHODS)
     min_budget_tokens: int = Field(default=1, ge=1)
+    max_budget_tokens: int | None = Field(default=None, ge=1)
+    default_max_tokens: int = Field(default=1024, ge=1)
 
     @field_validator("api_keys_file")
     @classmethod
@@ -185,6 +189,16 @@ class AppConfig(Strict):
                 "correct it"
             )
         return value
+
+    @model_validator(mode="after")
+    def _some_budget_is_left(self) -> AppConfig:
+        most = self.max_budget_tokens
+        if most is not None and most < self.min_budget_tokens:
+            raise ValueError(
+                f"max_budget_tokens must be at least min_budget_tokens = {self.min_budget_tokens}, got "
+                f"{most}; raise it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pools_fit_together(self) -> AppConfig:
@@ -220,6 +234,15 @@ class AppConfig(Strict):
         return next(iter(self.engines.values())).model
 
     @property
+    def most_budget_tokens(self) -> int | None:
+        """`max_budget_tokens`, or what it is by default; None = no limit."""
+        if self.max_budget_tokens is not None:
+            return self.max_budget_tokens
+        schedules = [getattr(parse_method(pool.method), "schedule", None) for pool in self.pools]
+        stages = [stage for schedule in schedules if schedule is not None for stage in schedule.stages]
+        return max((stage.active_tokens for stage in stages), default=None)
+
+    @property
     def model_name(self) -> str:
         """The name clients ask for."""
         return self.served_model_name or Path(self.model).name
@@ -253,15 +276,25 @@ def check_pools(app: AppConfig) -> None:
         where = f"pools.{index}.method"
         method = parse_method(pool.method)
         try:
-            method.schedule_for(num_layers)
+            schedule = method.schedule_for(num_layers)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}", field=where) from None
+        if not method.needs_proxies:
+            continue
         chosen = app.engines[pool.engine].proxies
         proxies = folder / "proxies" if chosen is None else Path(resolve_path(chosen))
-        if method.needs_proxies and not (proxies / "proxies.json").is_file():
+        if not (proxies / "proxies.json").is_file():
             raise ConfigError(
                 f"{where}.name must not need proxies on a model without them, got {method.name!r} and no "
                 f"proxies in {proxies}; fit them with python -m jobs.calibrate",
+                field=where,
+            )
+        first = json.loads((proxies / "proxies.json").read_text(encoding="utf-8"))["first_layer"]
+        if schedule.stages and schedule.first_skip_layer < first:
+            raise ConfigError(
+                f"{where}.schedule.first_skip_layer must be at least {first}, the first layer with a proxy "
+                f"in {proxies}, got {schedule.first_skip_layer}; skip later, or fit proxies with "
+                "python -m jobs.calibrate --first-layer",
                 field=where,
             )
 
@@ -297,10 +330,26 @@ def load_yaml(path: str | Path, model: type[Model]) -> Model:
     return parse(data, model, source=str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data, and no key twice in a mapping: PyYAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping's keys and values; keys that come from `<<` may be given again."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} twice in a mapping", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_yaml(path: str | Path) -> object:
     """The plain data of a YAML file. Raises ConfigError."""
     try:
-        return yaml.safe_load(Path(path).read_bytes())  # YAML says itself how its bytes are to be read
+        return yaml.load(Path(path).read_bytes(), _Loader)  # YAML says itself how its bytes are to be read
     except OSError as error:
         raise ConfigError(
             f"{path} must be a readable YAML file, got {error.strerror}; check the path", field="config"

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # Seconds that an engine may take to say that it is there; a replica that is still loading says nothing.
 ANSWER_S = 5.0
+# Seconds for which /ready says the same again: it asks every replica, and needs no key.
+READY_AGE_S = 1.0
+# Tokens of a prompt from which on it is checked in a thread, as streams must not wait for the milliseconds.
+MANY_TOKENS = 1 << 16
 
 Value = TypeVar("Value")
 
@@ -60,38 +66,64 @@ class Dispatcher:
         self._tokenizer = tokenizer
         self._methods = [parse_method(pool.method) for pool in config.pools]
         self._infos: dict[str, EngineInfo] = {}
+        self._asks: dict[str, asyncio.Task[EngineError | None]] = {}
+        self._ready: dict[str, bool] = {}
+        self._ready_at = -math.inf
+        self._ready_lock = asyncio.Lock()
 
     @property
     def max_context(self) -> int | None:
-        """Longest prompt plus answer of any engine, in tokens; None until an engine has told."""
-        return max((info.max_context for info in self._infos.values()), default=None)
+        """Longest prompt plus answer of any engine, in tokens; None until every engine has told."""
+        if len(self._infos) < len(self._engines):
+            return None
+        return max(info.max_context for info in self._infos.values())
 
-    async def longest(self) -> int:
-        """`max_context`, asked for if need be. Raises EngineError "unavailable" while no engine can tell."""
-        if self.max_context is None:
-            told = await asyncio.gather(*map(self._info, self._engines), return_exceptions=True)
-            if self.max_context is None:
-                raise next(error for error in told if isinstance(error, BaseException))
+    async def longest(self, *, wait: bool = False) -> int | None:
+        """`max_context`; engines that have not told are asked. wait: for all of them; else for none, as soon
+        as one has told. Raises EngineError "unavailable" while no engine can tell."""
+        for name in self._engines:
+            if name not in self._infos and name not in self._asks:
+                self._asks[name] = asyncio.create_task(self._ask(name))
+        asks = [*self._asks.values()]
+        if asks and (wait or not self._infos):
+            await asyncio.wait(asks)
+        if not self._infos:
+            raise next(error for ask in asks if (error := ask.result()))
         return self.max_context
 
     async def ready(self) -> dict[str, bool]:
-        """For every engine, whether it produces tokens now."""
-        return dict(
-            zip(self._engines, await asyncio.gather(*map(self._is_ready, self._engines)), strict=True)
-        )
+        """For every engine, whether it produces tokens now, or did `READY_AGE_S` ago."""
+        async with self._ready_lock:
+            if time.monotonic() - self._ready_at >= READY_AGE_S:
+                answers = await asyncio.gather(*map(self._is_ready, self._engines))
+                self._ready = dict(zip(self._engines, answers, strict=True))
+                self._ready_at = time.monotonic()
+            return self._ready
 
     async def stats(self) -> dict[str, EngineStats]:
         """What each engine has to do; those that do not answer are left out."""
         answers = await asyncio.gather(
             *(_soon(engine.stats()) for engine in self._engines.values()), return_exceptions=True
         )
-        return {
-            name: answer
-            for name, answer in zip(self._engines, answers, strict=True)
-            if isinstance(answer, EngineStats)
-        }
+        stats = {}
+        for name, answer in zip(self._engines, answers, strict=True):
+            if isinstance(answer, EngineStats):
+                stats[name] = answer
+            elif not isinstance(answer, EngineError):  # one says that the engine is not there
+                logger.error("engine %s has no stats: %r", name, answer)
+        return stats
 
     # -- what to send where ----------------------------------------------------------------------------------
+
+    def check_choices(self, num_prompts: int, n: int) -> None:
+        """Raise ApiError for more choices than one request may ask for, or none."""
+        if not 1 <= num_prompts * n <= self._config.max_prompts:
+            raise ApiError(
+                "invalid_request",
+                f"prompts x n must be from 1 to {self._config.max_prompts}, got {num_prompts} x {n}; "
+                "send fewer",
+                "n" if n > 1 else "prompt",
+            )
 
     async def job(
         self,
@@ -105,13 +137,7 @@ class Dispatcher:
         """What to send for a body whose prompts are `prompts`, in tokens. Checks everything, computes
         nothing."""
         n = body.n or 1
-        if not prompts or len(prompts) * n > self._config.max_prompts:
-            raise ApiError(
-                "invalid_request",
-                f"prompts x n must be from 1 to {self._config.max_prompts}, got {len(prompts)} x {n}; "
-                "send fewer",
-                "n" if n > 1 else "prompt",
-            )
+        self.check_choices(len(prompts), n)
         activity_bins = (body.spts.activity if body.spts else None) or 0
         if activity_bins and len(prompts) * n > 1:
             raise ApiError(
@@ -131,20 +157,23 @@ class Dispatcher:
                 request_id=f"{request_id}-{index}",
                 token_ids=token_ids,
                 method=method,
-                # "As many as fit" is at least one, so that a prompt that fills the context is refused, with
-                # counts.
-                max_new_tokens=max(1, info.max_context - len(token_ids)) if limit is None else limit,
+                # At least one, so that a prompt that fills the context is refused, with counts.
+                max_new_tokens=max(1, min(self._config.default_max_tokens, info.max_context - len(token_ids)))
+                if limit is None
+                else limit,
                 sampling=_sampling(body, index),
-                deadline_s=self._config.request_timeout_s,
                 activity_bins=activity_bins,
                 ignore_eos=bool(body.ignore_eos),
             )
-            check_request(request, info)
+            if len(token_ids) < MANY_TOKENS:
+                check_request(request, info)
+            else:
+                await asyncio.to_thread(check_request, request, info)
             requests.append(request)
         texts = [text for text in body.echoed for _ in range(n)]
         echoes = [self._echo(request, text, info) for request, text in zip(requests, texts, strict=False)]
-        return Job(
-            send=lambda request: self._send(pool.engine, request),
+        job = Job(
+            send=lambda request: self._send(pool.engine, request, job),
             requests=requests,
             echoes=echoes,
             answer=Answer(
@@ -155,6 +184,7 @@ class Dispatcher:
             timeout_s=self._config.request_timeout_s,
             arrived=arrived,
         )
+        return job
 
     def _echo(self, request: Request, text: str | None, info: EngineInfo) -> Echo:
         """The prompt of `request`, to be repeated; its log-probabilities are the dense model's only."""
@@ -226,7 +256,7 @@ class Dispatcher:
 
     def _check_limits(self, method: Method, *, own_schedule: bool) -> None:
         """Raise ApiError for a choice that the configuration does not leave to requests."""
-        allowed, least = self._config.allowed_methods, self._config.min_budget_tokens
+        allowed = self._config.allowed_methods
         if method.name not in allowed:
             names = ", ".join(allowed) or "none: this server chooses by the prompt's length"
             raise ApiError(
@@ -236,6 +266,7 @@ class Dispatcher:
             )
         if not own_schedule:
             return
+        least, most = self._config.min_budget_tokens, self._config.most_budget_tokens
         schedule: Schedule = method.schedule  # type: ignore[attr-defined]  # dense brought none
         for stage in schedule.stages:
             budget = min(stage.active_tokens, stage.keep_tokens or stage.active_tokens)
@@ -246,15 +277,25 @@ class Dispatcher:
                     f"{stage.last_layer}; raise it",
                     "spts",
                 )
+            # A layer that skips is computed at once (`spts.prefill`): with a budget of nearly the whole
+            # prompt, running answers would wait for a whole dense layer.
+            if most is not None and stage.active_tokens > most:
+                raise ApiError(
+                    "invalid_request",
+                    f"spts.schedule.active_tokens must be at most {most}, got {stage.active_tokens} up to "
+                    f"layer {stage.last_layer}; lower it, or choose dense",
+                    "spts.schedule.active_tokens",
+                )
 
     # -- engines ---------------------------------------------------------------------------------------------
 
-    async def _send(self, name: str, request: Request) -> AsyncGenerator[Chunk, None]:
+    async def _send(self, name: str, request: Request, job: Job) -> AsyncGenerator[Chunk, None]:
         """The answer of the engine `name`; of another replica or engine, if it is lost before its first
-        token."""
+        token. An engine gets the time that is left of the job's."""
         begun = False
         try:
-            async with aclosing(self._engines[name].generate(request)) as chunks:
+            timed = replace(request, deadline_s=job.left_s)
+            async with aclosing(self._engines[name].generate(timed)) as chunks:
                 async for chunk in chunks:
                     begun = True
                     yield chunk
@@ -264,7 +305,8 @@ class Dispatcher:
             if other is None:
                 raise
             logger.warning("request %s goes to engine %s: %s", request.request_id, other, error)
-        async with aclosing(self._engines[other].generate(request)) as chunks:
+        timed = replace(request, deadline_s=job.left_s)
+        async with aclosing(self._engines[other].generate(timed)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -287,6 +329,16 @@ class Dispatcher:
         if name not in self._infos:
             self._infos[name] = await _soon(self._engines[name].info())
         return self._infos[name]
+
+    async def _ask(self, name: str) -> EngineError | None:
+        """Have the engine say what it runs; returns why it does not."""
+        try:
+            await self._info(name)
+        except EngineError as error:
+            return error
+        finally:
+            del self._asks[name]
+        return None
 
     async def _is_ready(self, name: str) -> bool:
         try:

@@ -39,6 +39,11 @@ class Document:
         """Tokens from the prompt's first to its own last."""
         return self.begins + len(self.token_ids)
 
+    def first_tokens(self, count: int) -> tuple[int, ...]:
+        """The first of its prompt, at most `num_tokens` of them."""
+        own = self.token_ids[: max(0, count - self.begins)]
+        return own if self.before is None else self.before.first_tokens(min(count, self.begins)) + own
+
     def line(self) -> Iterator[Document]:
         """It and what it goes on from, up to the root."""
         document: Document | None = self
@@ -52,44 +57,60 @@ class Documents:
 
     A document is `reserve`d when the prefill that will leave it begins, and `keep`s or `forget`s its place
     when that has ended; until then nobody finds it. Documents named by `take_forgotten` are gone.
+
+    num_bytes: of all of them. free_bytes: of those that nobody reads now. version: another one whenever
+    something else may be found.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self.free_bytes = 0
+        self.version = 0
         self._kept: OrderedDict[int, Document] = OrderedDict()  # the least recently used first
         self._reserved: dict[int, Document] = {}
         # By what they go on from (a depth at the root), after how many tokens, with which token.
         self._next: dict[tuple[Document | int, int, int], list[Document]] = {}
+        # By their depth and the first LEAST_TOKENS of their prompt: those that hold the last of these. Most
+        # prompts begin with a template, so their first token tells few of them apart.
+        self._beginnings: dict[tuple[int, tuple[int, ...]], list[Document]] = {}
         self._num_next: dict[int, int] = {}
         self._forgotten: list[int] = []
         self._names = 0
 
-    def find(self, token_ids: tuple[int, ...], depth: int, limit: int) -> tuple[Document | None, int]:
+    def find(
+        self, token_ids: tuple[int, ...], depth: int, limit: int, least: int = 1
+    ) -> tuple[Document | None, int]:
         """The document with the longest common beginning, and its length, at most `limit` tokens.
 
-        depth: the layers that the beginning has to have run.
+        depth: the layers that the beginning has to have run. least: shorter ones are not wanted: (None, 0).
         """
+        if limit < least:
+            return None, 0
         found, length = None, 0
         place: Document | int = depth
         while length < limit:
-            after = self._next.get((place, length, token_ids[length]))
+            if length == 0 and least >= LEAST_TOKENS:
+                after = self._beginnings.get((depth, token_ids[:LEAST_TOKENS]))
+            else:
+                after = self._next.get((place, length, token_ids[length]))
             if not after:
                 break
-            start = length
             for each in after:
-                end = start + _common(each.token_ids, token_ids, start, limit)
+                end = each.begins + _common(each.token_ids, token_ids, each.begins, limit)
                 if end > length:
                     found, length = each, end
             assert found is not None, "they begin with the same token"
             place = found
-        return found, length
+        return (found, length) if length >= least else (None, 0)
 
     def use(self, document: Document, by: int) -> None:
         """Count `by` more users: 1 before, -1 after. It becomes the most recently used."""
         for each in document.line():  # what it goes on from last, so that the tree is left from its leaves
+            was_free = not each.users
             each.users += by
             if each.name in self._kept:
+                self.free_bytes += each.num_bytes * ((not each.users) - was_free)
                 self._kept.move_to_end(each.name)
 
     def reserve(
@@ -125,7 +146,11 @@ class Documents:
             self._forgotten.append(name)
             return
         alike.append(document)
+        if (beginning := self._beginning(document)) is not None:
+            self._beginnings.setdefault(beginning, []).append(document)
         self._kept[name] = document
+        self.free_bytes += document.num_bytes
+        self.version += 1
         if document.before is not None:
             self._num_next[document.before.name] = self._num_next.get(document.before.name, 0) + 1
             self.use(document.before, 0)
@@ -137,11 +162,6 @@ class Documents:
             self.num_bytes -= document.num_bytes
             if document.before is not None:
                 self.use(document.before, -1)
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes of documents that nobody reads now."""
-        return sum(document.num_bytes for document in self._kept.values() if not document.users)
 
     def shrink(self, max_bytes: int) -> None:
         """Forget the least recently used, leaves first, until they are at most `max_bytes`, or all in use."""
@@ -163,11 +183,23 @@ class Documents:
         self._next[place].remove(document)
         if not self._next[place]:
             del self._next[place]
+        if (beginning := self._beginning(document)) is not None:
+            self._beginnings[beginning].remove(document)
+            if not self._beginnings[beginning]:
+                del self._beginnings[beginning]
         self._num_next.pop(document.name, None)
         if document.before is not None:
             self._num_next[document.before.name] -= 1
         self.num_bytes -= document.num_bytes
+        self.free_bytes -= document.num_bytes
+        self.version += 1
         self._forgotten.append(document.name)
+
+    @staticmethod
+    def _beginning(document: Document) -> tuple[int, tuple[int, ...]] | None:
+        if document.begins < LEAST_TOKENS <= document.num_tokens:
+            return document.depth, document.first_tokens(LEAST_TOKENS)
+        return None
 
     @staticmethod
     def _place(document: Document) -> tuple[Document | int, int, int]:

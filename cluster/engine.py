@@ -30,6 +30,7 @@ from cluster.protocol import (
     Result,
     Step,
     StepOutput,
+    too_late,
 )
 from cluster.scheduler import Scheduler
 from spts.errors import SptsError
@@ -58,6 +59,7 @@ class Engine:
         self._stepping: dict[str, Flight] = {}
         self._release: list[str] = []
         self._pace = Pace()
+        self._latest = StepOutput()
         self._lost = False
         self._wake = asyncio.Event()
         self._step_loop: asyncio.Task[None] | None = None
@@ -77,7 +79,6 @@ class Engine:
                 try:
                     await self._start_group()
                     self._step_loop = asyncio.create_task(self._run_steps())
-                    await self._warm_up()
                 except BaseException:  # a start that was cancelled leaves ranks behind too
                     await self.shutdown()
                     raise
@@ -111,19 +112,24 @@ class Engine:
                 if item.result is not None:
                     return
         finally:
-            self._drop(request.request_id)
-
-    async def abort(self, request_id: str) -> None:
-        """End a request; its stream raises EngineError "unavailable". Unknown ids are ignored: it may have
-        ended."""
-        self._fail(request_id, EngineError("unavailable", "the request was aborted"))
+            if self._flights.get(request.request_id) is flight:  # not another's, which has the id by now
+                self._drop(request.request_id)
 
     async def finish(self, request_id: str) -> None:
-        """End a request with the tokens that it has: its stream ends with the result. Only after its first
-        token; unknown ids are ignored: it may have ended."""
-        flight = self._drop(request_id)
-        if flight is not None:
-            flight.finish()
+        """End a request with the tokens that it has: its stream ends with the result. Unknown ids are
+        ignored: it may have ended. Raises EngineError "invalid_request" before its first token: it goes
+        on."""
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return
+        if flight.prefilled is None:
+            raise EngineError(
+                "invalid_request",
+                f"request_id must be of a request that has its first token, got {request_id!r}; wait for it",
+                "request_id",
+            )
+        self._drop(request_id)
+        flight.finish()
 
     async def check_health(self) -> None:
         """Raise EngineError unless this engine serves, or is about to. Serve replaces the replica when it
@@ -153,6 +159,8 @@ class Engine:
             ),
             reserved_bytes=scheduler.reserved_bytes * info.world_size,
             document_bytes=scheduler.document_bytes * info.world_size,
+            held_requests=self._latest.held_requests,
+            held_documents=self._latest.held_documents,
         )
 
     async def shutdown(self) -> None:
@@ -178,19 +186,17 @@ class Engine:
                 "another",
                 "request_id",
             )
+        asked = demand(request, self._info)
         try:
-            self._scheduler.admit(demand(request, self._info))
+            self._scheduler.admit(asked)
         except EngineError as error:
             wait_s = self._pace.wait_s(self._scheduler.queued_flops) if error.kind == "overloaded" else None
             raise EngineError(error.kind, error.message, error.param, wait_s) from None
-        flight = Flight(request=request, arrived=time.perf_counter())
+        flight = Flight(request=request, arrived=time.perf_counter(), flops=asked.flops)
         self._flights[request.request_id] = flight
         if request.deadline_s is not None:
-            late = EngineError(
-                "deadline", f"the answer must take at most {request.deadline_s:g} s; it took longer"
-            )
             flight.timer = asyncio.get_running_loop().call_later(
-                request.deadline_s, self._fail, request.request_id, late
+                request.deadline_s, self._fail, request.request_id, too_late(request.deadline_s)
             )
         self._wake.set()
         return flight
@@ -278,6 +284,7 @@ class Engine:
     def _postprocess(self, output: StepOutput) -> None:
         assert self._info is not None and self._scheduler is not None
         now = time.perf_counter()
+        self._latest = output
         for request_id, error in output.refused:
             if self._in_step(request_id):
                 self._fail(request_id, error)
@@ -288,7 +295,7 @@ class Engine:
             flight = self._flights[done.request_id]
             flight.prefilled = done
             self._scheduler.prefilled(done.request_id)
-            self._pace.note(done.flops - done.reused_flops, now - flight.started)
+            self._pace.note(flight.flops - done.reused_flops, now - flight.started)
         if output.peak_memory_bytes is not None:
             for flight in self._stepping.values():
                 flight.note_peak(output.peak_memory_bytes)
@@ -310,6 +317,7 @@ class Engine:
         config = self._config
         info = await self._group.start()
         check_context(info)
+        await self._warm_up()
         self._info = info
         self._scheduler = Scheduler(
             shape=info.shape,
@@ -330,11 +338,13 @@ class Engine:
 
     async def _warm_up(self) -> None:
         """One token, dense: what is slow the first time is slow now, and "ready" has been seen to be true."""
-        await self.run(
-            Request(
-                request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling()
-            )
+        request = Request(
+            request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling()
         )
+        output = await self._group.step(Step(start=request, advance=(request.request_id, None)))
+        for _, error in output.refused:
+            raise error
+        self._latest = await self._group.step(Step(release=(request.request_id,)))
 
     async def _restart(self, reason: EngineError) -> None:
         """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed

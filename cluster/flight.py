@@ -12,11 +12,12 @@ from spts.sampling import TokenLogprobs
 
 @dataclass
 class Flight:
-    """Times are `time.perf_counter()` seconds, 0 until they are known. out: what its stream has yet to
-    yield."""
+    """Times are `time.perf_counter()` seconds, 0 until they are known. flops: planned until its first token.
+    out: what its stream has yet to yield."""
 
     request: Request
     arrived: float
+    flops: int
     out: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)
     timer: asyncio.TimerHandle | None = None
     started: float = 0.0

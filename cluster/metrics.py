@@ -14,7 +14,7 @@ from cluster.protocol import Chunk, EngineStats, FinishReason
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 240, 480, 600)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
 
-# Kinds of `cluster.errors.HTTP_ERRORS` that end a request which had been taken in; others never let it in.
+# Kinds of `cluster.errors.HTTP_ERRORS` that say, also before an answer has begun, that it was taken in.
 FAILURES = ("deadline", "internal")
 
 
@@ -42,13 +42,18 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens prefilled", "method")
         self.generation_tokens = self._counter("generation_tokens", "Tokens answered", "method")
         self.success = self._counter(
-            "request_success", "Choices that came to their end", "method", "finished_reason"
+            "request_success",
+            "Choices that came to their end, or whose client left (abort)",
+            "method",
+            "finished_reason",
         )
         self.rejections = self._counter(
-            "admission_rejections", "Requests refused before any compute, by the kind of error", "reason"
+            "admission_rejections", "Requests that got an error and no token, by its kind", "reason"
         )
         self.failures = self._counter(
-            "request_failures", "Requests that were taken in and failed, by the kind of error", "reason"
+            "request_failures",
+            "Requests that failed in their answer, by the deadline, or by a bug, by the kind of error",
+            "reason",
         )
         self.kv_tokens_kept = self._counter(
             "kv_tokens_kept", "Prompt tokens kept in the KV cache, summed over layers", "method"
@@ -63,6 +68,7 @@ class Metrics:
             for name, text in (
                 ("num_requests_running", "Requests in prefill or decoding"),
                 ("num_requests_waiting", "Requests whose prefill has not begun"),
+                ("num_requests_held", "Requests whose caches an engine's first rank has after a step"),
                 ("queued_prefill_tokens", "Prompt tokens of the requests whose prefill has not ended"),
                 ("kv_cache_bytes", "Bytes of the running requests' KV caches"),
                 ("kv_reserved_bytes", "Bytes that requests in prefill or decoding may take at most"),
@@ -74,9 +80,10 @@ class Metrics:
             )
         }
 
-    def fail(self, kind: str) -> None:
-        """Count a request that got an error. kind: a key of `cluster.errors.HTTP_ERRORS`."""
-        (self.failures if kind in FAILURES else self.rejections).labels(reason=kind).inc()
+    def fail(self, kind: str, *, begun: bool = False) -> None:
+        """Count a request that got an error. kind: a key of `cluster.errors.HTTP_ERRORS`. begun: its answer
+        had begun."""
+        (self.failures if begun or kind in FAILURES else self.rejections).labels(reason=kind).inc()
 
     def text(self, engines: Mapping[str, EngineStats]) -> bytes:
         """Everything, in Prometheus' text form. engines: those that answered; the others have no gauges."""
@@ -86,6 +93,7 @@ class Metrics:
             values: dict[str, float] = {
                 "num_requests_running": stats.running,
                 "num_requests_waiting": stats.waiting,
+                "num_requests_held": stats.held_requests,
                 "queued_prefill_tokens": stats.queued_prefill_tokens,
                 "kv_cache_bytes": stats.kv_bytes,
                 "kv_reserved_bytes": stats.reserved_bytes,
@@ -112,8 +120,12 @@ class ChoiceClock:
         self._metrics = metrics
         self._method = method
         self._arrived = arrived
+        self._sent = self._first = self._latest = 0.0
+        self._ended = False
+
+    def send(self) -> None:
+        """The choice's own request goes to the engine now; what its echo took is not its prefill."""
         self._sent = time.perf_counter()
-        self._first = self._latest = 0.0
 
     def chunk(self, chunk: Chunk) -> None:
         """Count a chunk that has just come."""
@@ -140,3 +152,9 @@ class ChoiceClock:
         metrics.e2e_latency.labels(self._method).observe(self._latest - self._arrived)
         metrics.decode_time.labels(self._method).observe(self._latest - self._first)
         metrics.success.labels(self._method, reason).inc()
+        self._ended = True
+
+    def abort(self) -> None:
+        """The client has left; counted if the answer had not ended. The name of the reason is vLLM's."""
+        if not self._ended:
+            self._metrics.success.labels(self._method, "abort").inc()

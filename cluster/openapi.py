@@ -35,7 +35,7 @@ def openapi(*, needs_key: bool) -> Schema:
     )
     tokens = _object(
         count=COUNT,
-        max_model_len=COUNT,
+        max_model_len={"type": ["integer", "null"]},
         tokens={"type": "array", "items": COUNT},
         token_strs={"type": ["array", "null"], "items": TEXT},
     )

@@ -47,6 +47,11 @@ class EngineError(Exception):
         return f"{self.kind}: {self.message}"
 
 
+def too_late(limit_s: float) -> EngineError:
+    """The answer did not come within `limit_s`."""
+    return EngineError("deadline", f"the answer must take at most {limit_s:g} s; it took longer")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt to answer.
@@ -55,8 +60,8 @@ class Request:
     deadline_s: seconds from arrival at the engine after which the answer is of no use; None = none.
     prefix_tokens: what does not depend on later tokens (every layer before the method's first_skip_layer) is
     computed once for prompts that begin alike, as long as there is room to keep it. None = as much of the
-    prompt as has been seen before is reused, and all of it is kept. A number, smaller than that of the tokens
-    = the first so many are reused or kept, and no others.
+    prompt as has been seen before is reused, and as much of it as there is room for is kept. A number,
+    smaller than that of the tokens = the first so many are reused or kept, and no others.
     activity_bins: into how many parts of the prompt to sum up what each layer computed (`Activity`); 0 = not
     asked for. ignore_eos: the model's own end tokens do not end the answer.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions
@@ -171,7 +176,8 @@ class EngineStats:
     Bytes are over all ranks. kv_bytes: of the running requests' caches, counted from the end of a prefill.
     reserved_bytes: what requests in prefill or running may take at most. document_bytes: what is kept of
     prompts for others. kv_bytes_limit: what the last two may take together. queued_prefill_tokens: prompt
-    tokens of the requests whose prefill has not ended.
+    tokens of the requests whose prefill has not ended. held_requests, held_documents: not from the engine's
+    books, but what rank 0 had after its latest step.
     """
 
     running: int
@@ -181,6 +187,8 @@ class EngineStats:
     queued_prefill_tokens: int
     reserved_bytes: int = 0
     document_bytes: int = 0
+    held_requests: int = 0
+    held_documents: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +197,9 @@ class EngineInfo:
 
     max_context: prompt plus new tokens. versions: package name -> version. attention: what computes it.
     accelerator: name of the device, None = the CPU. proxy: size of the model's FFN proxies; None = it has
-    none. kv_bytes_limit: bytes on each rank for requests and documents. slice_tokens: a slice of a prefill
-    costs at most a dense prefill of so many tokens; None = a prefill is never sliced.
+    none. first_proxy_layer: from which on every layer has one. kv_bytes_limit: bytes on each rank for
+    requests and documents. slice_tokens: a slice of a prefill costs at most a dense prefill of so many
+    tokens; None = a prefill is never sliced.
     """
 
     model_name: str
@@ -206,6 +215,7 @@ class EngineInfo:
     attention: str
     accelerator: str | None
     proxy: ProxyShape | None
+    first_proxy_layer: int | None
     kv_bytes_limit: int
     slice_tokens: int | None
 
@@ -260,7 +270,8 @@ class StepOutput:
 
     tokens: one of each request that decoded or ended its prefill; all at once of one that follows. refused:
     requests that the model would not start or cannot go on with, and why; the others are not touched.
-    kept: the document that the ended prefill was to leave.
+    kept: the document that the ended prefill was to leave. held_requests, held_documents: of which rank 0 has
+    tensors after the step.
     peak_memory_bytes: most device memory in use on rank 0 during the step; None on a CPU.
     """
 
@@ -269,3 +280,5 @@ class StepOutput:
     prefilled: Prefilled | None = None
     refused: tuple[tuple[str, EngineError], ...] = ()
     kept: int | None = None
+    held_requests: int = 0
+    held_documents: int = 0

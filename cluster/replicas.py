@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import count
 from typing import Any
 
 import ray
@@ -14,8 +17,12 @@ from ray.serve.handle import DeploymentHandle
 from cluster.balance import Balance, Placement
 from cluster.protocol import Chunk, EngineError, EngineInfo, EngineStats, Request
 
+logger = logging.getLogger(__name__)
+
 # Seconds between two reports of a replica to all routers.
 REPORT_PERIOD_S = 2.0
+# Seconds that a replica may take to say how it is, less than `cluster.dispatch.ANSWER_S` for all of them.
+REPLY_S = 3.0
 
 
 class PlacedRequest:
@@ -57,6 +64,7 @@ class ServeEngine:
     def __init__(self, handle: DeploymentHandle, balance: Balance) -> None:
         self._handle = handle
         self._balance = balance
+        self._sent = count()
 
     async def info(self) -> EngineInfo:
         """See `Engine.info`; the same for all replicas."""
@@ -66,11 +74,14 @@ class ServeEngine:
 
     async def ready(self) -> bool:
         """See `Engine.ready`: whether any replica is."""
-        return any(answer is True for answer in await self._everyone("ready"))
+        for reply in asyncio.as_completed(await self._everyone("ready")):
+            if await reply is True:
+                return True  # nobody waits for a replica that hangs
+        return False
 
     async def stats(self) -> EngineStats:
         """See `Engine.stats`: the sums over all replicas that answer."""
-        answers = await self._everyone("stats")
+        answers = await asyncio.gather(*await self._everyone("stats"))
         known = [answer for answer in answers if isinstance(answer, EngineStats)]
         if not known:
             raise EngineError("unavailable", "the engine is not there; retry later")
@@ -79,7 +90,9 @@ class ServeEngine:
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache."""
         placement = self._balance.open(request.token_ids)
-        named = replace(request, request_id=f"{placement.router_id}-{request.request_id}")
+        # A second try may reach a replica that has yet to hear that the first one is over.
+        request_id = f"{placement.router_id}-{request.request_id}-{next(self._sent)}"
+        named = replace(request, request_id=request_id)
         chunks = self._handle.options(stream=True).generate.remote(PlacedRequest(named, placement))
         try:
             with _engine_errors():
@@ -94,10 +107,23 @@ class ServeEngine:
             placement.close()
             chunks.cancel()
 
-    async def _everyone(self, method: str) -> list[Any]:
-        """What each replica answers, or how it fails."""
+    async def _everyone(self, method: str) -> list[Coroutine[Any, Any, Any]]:
+        """What each replica is going to answer; None if it does not."""
         with _engine_errors():
-            return await self._handle.broadcast(method).results_async(return_exceptions=True)
+            # Serve's public `results_async` has one timeout for all of them: the slowest would hide the rest.
+            results = await self._handle.broadcast(method)._fetch_replica_results_async()
+        return [_reply(method, result) for result in results]
+
+
+async def _reply(method: str, result: Any) -> Any:
+    try:
+        with _engine_errors():
+            return await asyncio.wait_for(result.get_async(), REPLY_S)
+    except EngineError:  # it has gone, or says so
+        return None
+    except Exception as error:
+        logger.warning("a replica did not answer %s: %r", method, error)
+        return None
 
 
 def total(stats: Sequence[EngineStats]) -> EngineStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -20,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.answers import SSE_END, Endpoint, Piece, sse
-from cluster.api import ChatBody, CompletionBody, GenerationBody, parse_body, turns
+from cluster.api import AnyBody, ChatBody, CompletionBody, GenerationBody, parse_body, turns
 from cluster.choices import Job, pieces
 from cluster.config import AppConfig, resolve_path
 from cluster.dispatch import Dispatcher, EngineClient
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 # A token of a prompt takes at most about this many bytes of JSON; a body may have so many more around them.
 BYTES_PER_TOKEN = 16
 BYTES_AROUND = 1 << 16
+# Bytes of a body from which on it is read in a thread of its own: this many take 10 to 50 ms.
+LARGE_BODY = 1 << 20
 
 
 class Router:
@@ -99,19 +102,18 @@ class Router:
 
     async def models(self) -> JSONResponse:
         """The one model that is served."""
-        with suppress(EngineError):  # while it loads, its context is null
-            await self._dispatcher.longest()
-        return JSONResponse({"object": "list", "data": [self._model_object()]})
+        return JSONResponse({"object": "list", "data": [await self._model_object()]})
 
     async def model(self, model: str) -> JSONResponse:
         """The model under its name, and 404 for any other."""
         self._check_model(model)
-        return JSONResponse(self._model_object())
+        return JSONResponse(await self._model_object())
 
     async def completions(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
-        body = parse_body(await self._read(http), CompletionBody)
+        body = await self._body(http, CompletionBody)
         self._check_model(body.model)
+        self._dispatcher.check_choices(len(body.prompts), body.n or 1)  # before any of them is encoded
         prompts = [
             await self._encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
             for prompt in body.prompts
@@ -120,7 +122,7 @@ class Router:
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        body = parse_body(await self._read(http), ChatBody)
+        body = await self._body(http, ChatBody)
         self._check_model(body.model)
         messages = turns(body.messages)
         await self._check_length(sum(len(message["content"]) for message in messages), "messages")
@@ -129,14 +131,14 @@ class Router:
 
     async def tokenize(self, http: HttpRequest) -> JSONResponse:
         """POST /tokenize."""
-        body = parse_body(await self._read(http), TokenizeBody)
+        body = await self._body(http, TokenizeBody)
         self._check_model(body.model)
         await self._check_length(body.num_characters, "messages" if body.messages else "prompt")
         tokens = await asyncio.to_thread(body.tokens, self._tokenizer)
         return JSONResponse(
             {
                 "count": len(tokens),
-                "max_model_len": await self._dispatcher.longest(),
+                "max_model_len": await self._dispatcher.longest(wait=True),
                 "tokens": tokens,
                 "token_strs": [*map(self._tokenizer.token_text, tokens)] if body.return_token_strs else None,
             }
@@ -144,19 +146,30 @@ class Router:
 
     async def detokenize(self, http: HttpRequest) -> JSONResponse:
         """POST /detokenize."""
-        body = parse_body(await self._read(http), DetokenizeBody)
+        body = await self._body(http, DetokenizeBody)
         self._check_model(body.model)
         return JSONResponse({"prompt": await asyncio.to_thread(body.prompt, self._tokenizer)})
 
     # -- bodies and answers ----------------------------------------------------------------------------------
 
+    async def _body(self, http: HttpRequest, model: type[AnyBody]) -> AnyBody:
+        """The body, checked; a large one in a thread, as streams must not wait for it."""
+        raw = await self._read(http)
+        if len(raw) < LARGE_BODY:
+            return parse_body(raw, model)
+        return await asyncio.to_thread(parse_body, raw, model)
+
     async def _read(self, http: HttpRequest) -> bytes:
-        """The body, up to what the longest allowed batch of prompts could take, and within the deadline."""
+        """The body, up to what the longest allowed batch of prompts could take, and within the deadline of
+        the whole request."""
         longest = await self._dispatcher.longest()
-        limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
+        limit = math.inf  # while an engine loads, it is not known what it takes
+        if longest is not None:
+            limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
         try:
-            async with asyncio.timeout(self._config.request_timeout_s):
+            spent_s = time.perf_counter() - http.scope["state"]["arrived"]
+            async with asyncio.timeout(self._config.request_timeout_s - spent_s):
                 async for part in http.stream():
                     raw += part
                     if len(raw) > limit:
@@ -179,8 +192,8 @@ class Router:
 
     async def _check_length(self, num_characters: int, param: str) -> None:
         """Raise ApiError for a text so far over the context that counting its tokens would cost minutes."""
-        limit = BYTES_PER_TOKEN * await self._dispatcher.longest()
-        if num_characters > limit:
+        longest = await self._dispatcher.longest()
+        if longest is not None and num_characters > (limit := BYTES_PER_TOKEN * longest):
             raise ApiError(
                 "payload_too_large",
                 f"{param} must be at most {limit} characters, got {num_characters}; send less",
@@ -207,6 +220,7 @@ class Router:
             choices: list[list[Piece]] = [[] for _ in job.requests]
             async with aclosing(answer):
                 async for piece in answer:
+                    http.state.begun = True
                     job.usage.add(piece)
                     choices[piece.index].append(piece)
             return JSONResponse(job.answer.whole(choices, job.usage))
@@ -233,21 +247,24 @@ class Router:
                 yield sse(job.answer.usage_chunk(job.usage))
             yield SSE_END
         except Exception as error:  # the status is sent: all that is left is to say it in the stream
-            yield sse(error_body(self._count(error, request_id)))
+            yield sse(error_body(self._count(error, request_id, begun=True)))
 
     # -- failures --------------------------------------------------------------------------------------------
 
     async def _failure(self, http: HttpRequest, error: Exception) -> Response:
-        return error_response(self._count(error, _id(http)))
+        begun = http.scope["state"].get("begun", False)
+        return error_response(self._count(error, _id(http), begun=begun))
 
-    def _count(self, error: Exception, request_id: str) -> ApiError:
+    def _count(self, error: Exception, request_id: str, *, begun: bool) -> ApiError:
         known = as_api_error(error, request_id)
-        self._metrics.fail(known.kind)
+        self._metrics.fail(known.kind, begun=begun)
         if known.kind == "internal":
             logger.error("request %s failed", request_id, exc_info=error)
         return known
 
-    def _model_object(self) -> dict[str, Any]:
+    async def _model_object(self) -> dict[str, Any]:
+        with suppress(EngineError):  # while an engine loads, the context is null
+            await self._dispatcher.longest(wait=True)
         return {
             "id": self._config.model_name,
             "object": "model",

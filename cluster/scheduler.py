@@ -5,11 +5,11 @@ free when it is released. What is left of the limit holds documents (`cluster.do
 request needs their room.
 
 Every running request decodes in every step, and every step runs at most one slice of one prefill. The oldest
-prefill goes on until it ends; beside it there may be one that has less to do than the oldest has left, and
-then the two take turns. So a short prompt never waits for all of a long one, and a long one gets at least
-every other slice, whoever comes. Requests start in the order they came in, but for those that start beside a
-prefill. When no prefill is under way, the first in the queue is the next to start, and nobody passes it while
-it waits for memory: running requests end, so it starts.
+prefill goes on until it ends; beside it there may be one that has less to do than the oldest has left, what
+documents spare it aside, and then the two take turns. So a short prompt never waits for all of a long one,
+and a long one gets at least every other slice, whoever comes. Requests start in the order they came in, but
+for those that start beside a prefill. When no prefill is under way, the first in the queue is the next to
+start, and nobody passes it while it waits for memory: running requests end, so it starts.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from spts.cost import ModelShape, reused_flops
 class Demand:
     """What a request takes.
 
-    kv_bytes: the most it holds on a rank at any time. flops: of its prefill. depth: layers that run all of
-    its tokens; document_bytes: of one token kept after them, on a rank. prefix_tokens: as in
-    `cluster.protocol.Request`.
+    kv_bytes: the most it holds on a rank at any time. flops: until its first token, nothing reused. depth:
+    layers that run all of its tokens; document_bytes: of one token kept after them, on a rank. prefix_tokens:
+    as in `cluster.protocol.Request`.
     """
 
     request_id: str
@@ -74,7 +74,7 @@ class _Prefill:
 class Scheduler:
     """Admits, plans and releases requests.
 
-    shape: the model's. kv_bytes_limit: what requests and documents may take on a rank; None = any.
+    shape: the model's. kv_bytes_limit: what requests and documents may take on a rank.
     slice_flops: of a prefill's slice, None = a prefill is never sliced. max_running: requests in prefill or
     running at once. max_waiting: requests that may queue beyond them. max_waiting_tokens: prompt tokens of
     those that wait; a prompt longer than that may wait alone.
@@ -85,7 +85,7 @@ class Scheduler:
         *,
         shape: ModelShape,
         documents: Documents,
-        kv_bytes_limit: int | None,
+        kv_bytes_limit: int,
         slice_flops: int | None,
         max_running: int,
         max_waiting: int,
@@ -99,6 +99,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
         self._waiting: dict[str, Demand] = {}
+        self._left: dict[str, tuple[int, int]] = {}  # of those that wait: version of the documents, FLOP
         self._prefills: dict[str, _Prefill] = {}
         self._running: dict[str, Demand] = {}
         self._ended: list[_Prefill] = []
@@ -122,14 +123,15 @@ class Scheduler:
 
     @property
     def queued_flops(self) -> int:
-        """FLOP of the prefills that have not begun, and what is left of those that have."""
-        waiting = sum(demand.flops for demand in self._waiting.values())
+        """FLOP of the prefills that have not begun, and what is left of those that have; without what
+        documents spare them."""
+        waiting = sum(self._flops(demand) for demand in self._waiting.values())
         return waiting + sum(prefill.flops_left for prefill in self._prefills.values())
 
     def admit(self, demand: Demand) -> None:
         """Queue a new request. Raises EngineError: "overloaded" when the queue is full,
         "context_length_exceeded" when it would not fit into an empty engine."""
-        if self._limit is not None and demand.kv_bytes > self._limit:
+        if demand.kv_bytes > self._limit:
             raise too_large(demand.kv_bytes, self._limit)
         limit = self._max_running + self._max_waiting
         if self.num_running + self.num_waiting >= limit:
@@ -150,7 +152,7 @@ class Scheduler:
     def release(self, request_id: str) -> None:
         """Forget a request wherever it is: finished, aborted or failed. Unknown ids are ignored."""
         if request_id in self._waiting:
-            del self._waiting[request_id]
+            self._take(request_id)
         elif request_id in self._prefills:
             prefill = self._prefills.pop(request_id)
             self._ended.append(prefill)  # until the ranks have heard of it, they read and leave documents
@@ -215,7 +217,7 @@ class Scheduler:
             (oldest, *beside) = self._prefills.values()
             if beside or self._slice_flops is None:
                 return None
-            candidates = [each for each in self._waiting.values() if each.flops < oldest.flops_left]
+            candidates = [each for each in self._waiting.values() if self._flops(each) < oldest.flops_left]
         for demand in candidates:
             if self._fits(demand):
                 self._second_next = bool(self._prefills)  # who starts beside another goes at once
@@ -225,31 +227,52 @@ class Scheduler:
     def _fits(self, demand: Demand) -> bool:
         documents = self._documents
         in_use = documents.num_bytes - documents.free_bytes
-        return self._limit is None or self.reserved_bytes + demand.kv_bytes + in_use <= self._limit
+        return self.reserved_bytes + demand.kv_bytes + in_use <= self._limit
+
+    def _take(self, request_id: str) -> None:
+        """Out of the queue."""
+        del self._waiting[request_id]
+        self._left.pop(request_id, None)
+
+    def _flops(self, demand: Demand) -> int:
+        """What a request that waits would compute if it started now."""
+        version, flops = self._left.get(demand.request_id, (None, 0))
+        if version != self._documents.version:
+            _, length = self._find(demand)
+            flops = demand.flops - reused_flops(self._shape, length, demand.depth)
+            self._left[demand.request_id] = (self._documents.version, flops)
+        return flops
+
+    def _find(self, demand: Demand) -> tuple[Document | None, int]:
+        """What it could begin with: given tokens as they are, else as many as are known, if that is worth
+        it."""
+        limit = least = demand.prefix_tokens
+        if limit is None or least is None:
+            limit, least = len(demand.token_ids) - 1, LEAST_TOKENS
+        return self._documents.find(demand.token_ids, demand.depth, limit, least)
 
     def _begin(self, demand: Demand) -> Start:
         """Reserve the memory of a request that fits, and see what it can reuse and what it will leave."""
         documents = self._documents
-        del self._waiting[demand.request_id]
+        self._take(demand.request_id)
         self.reserved_bytes += demand.kv_bytes
         given = demand.prefix_tokens
         limit = len(demand.token_ids) - 1 if given is None else given
-        reads, length = documents.find(demand.token_ids, demand.depth, limit)
-        if length < (LEAST_TOKENS if given is None else given):
-            reads, length = None, 0
+        reads, length = self._find(demand)
         if reads is not None:
             documents.use(reads, 1)
-        room = documents.max_bytes
-        if self._limit is not None:
-            room = min(room, self._limit - self.reserved_bytes)
+        room = min(documents.max_bytes, self._limit - self.reserved_bytes)
         if reads is not None and documents.num_bytes - documents.free_bytes > room:
             documents.use(reads, -1)  # there is no room for both
             reads, length = None, 0
         documents.shrink(room)
         leaves = None
+        in_use = documents.num_bytes - documents.free_bytes
+        if demand.depth and given is None:  # as much as there is room for
+            limit = min(limit, length + (room - in_use) // demand.document_bytes)
         num_bytes = (limit - length) * demand.document_bytes
         enough = limit - length >= (LEAST_TOKENS if given is None else 1)
-        if demand.depth and enough and num_bytes <= room - documents.num_bytes + documents.free_bytes:
+        if demand.depth and enough and num_bytes <= room - in_use:
             documents.shrink(room - num_bytes)
             leaves = documents.reserve(demand.token_ids[length:limit], demand.depth, reads, length, num_bytes)
         self._prefills[demand.request_id] = _Prefill(

@@ -194,6 +194,7 @@ class Shard:
             world_size=self._world_size,
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
             proxy=None if model.proxies is None else model.proxies.shape,
+            first_proxy_layer=None if model.proxies is None else model.proxies.manifest.first_layer,
             kv_bytes_limit=self._config.kv_cache_bytes or self._free_bytes(),
             slice_tokens=self._config.slice_tokens,
             attention=ATTENTION,

@@ -8,7 +8,10 @@ Legend: N followed tokens, B requests, V vocabulary.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +31,8 @@ from spts.prefill import Prefill, PrefillState
 from spts.prefix import Prefix
 from spts.request import digest
 from spts.sampling import make_generator, sample, token_logprobs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -71,18 +76,45 @@ class Stepper:
             del self._documents[document]
         answer = Answer()
         if step.start is not None:
-            self._start(step.start, step.reuse, step.keep, answer)
+            start = partial(self._start, step.start, step.reuse, step.keep, answer)
+            self._within_memory(start, step.start.request_id, answer)
         on_gpu = self._model.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._model.device)
         if step.advance is not None:
-            self._advance(*step.advance, answer)
+            advance = partial(self._advance, *step.advance, answer)
+            self._within_memory(advance, step.advance[0], answer)
         if step.decode:
             self._decode(step.decode, answer)
         if self._rank != 0:
             return None
         peak = torch.cuda.max_memory_allocated(self._model.device) if on_gpu else None
-        return answer.output(peak)
+        return answer.output(
+            peak,
+            held_requests=len(self._prefills) + len(self._running),
+            held_documents=len(self._documents),
+        )
+
+    def _within_memory(self, run: Callable[[], None], request_id: str, answer: Answer) -> None:
+        """Run a part of a prefill. A request that the device has no memory for, whatever was reserved, ends
+        alone.
+
+        Of several ranks one may be out of memory while the others wait for it in a collective: they cannot
+        agree on what to drop, so it is raised, and the ranks start again.
+        """
+        try:
+            run()
+            return
+        except torch.OutOfMemoryError:
+            if self._world_size > 1:
+                raise
+            logger.exception("out of memory in the prefill of request %s", request_id)
+        # The error is gone, and with its frames what they held.
+        self._prefills.pop(request_id, None)
+        self._running.pop(request_id, None)
+        torch.cuda.empty_cache()
+        message = "the device ran out of memory in the prefill; retry later, or send a shorter prompt"
+        answer.refused.append((request_id, EngineError("overloaded", message)))
 
     def _start(
         self, request: Request, reuse: tuple[int, int] | None, keep: tuple[int, int] | None, answer: Answer
@@ -222,7 +254,7 @@ class Answer:
         self.kept: int | None = None
         self.refused: list[tuple[str, EngineError]] = []
 
-    def output(self, peak_memory_bytes: int | None) -> StepOutput:
+    def output(self, peak_memory_bytes: int | None, *, held_requests: int, held_documents: int) -> StepOutput:
         """The step's answer."""
         return StepOutput(
             tokens=tuple(self.tokens),
@@ -230,4 +262,6 @@ class Answer:
             refused=tuple(self.refused),
             kept=self.kept,
             peak_memory_bytes=peak_memory_bytes,
+            held_requests=held_requests,
+            held_documents=held_documents,
         )

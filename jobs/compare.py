@@ -50,7 +50,8 @@ class RunComparison:
         reasons: why they are not equal, in sentences; none = equal.
         changes: what else is recorded as different, whether it changed an answer or not.
         cells: (in both, only in the first, only in the second), names of cells with another content apart.
-        differing: samples of both with different answers, those first whose score changed most.
+        differing: samples of both with different answers, references or scores, those first whose score
+            changed most.
     """
 
     first: Results
@@ -91,7 +92,7 @@ def compare(first: Results, second: Results) -> RunComparison:
         for results in (first, second)
     ]
     pairs = [(one, scored[1][key]) for key, one in scored[0].items() if key in scored[1]]
-    other = [pair for pair in pairs if not same_answer(pair[0].row, pair[1].row)]
+    other = [pair for pair in pairs if not _same(*pair)]
     differing = tuple(sorted(other, key=lambda pair: -abs(pair[0].score - pair[1].score)))
     changed = {name: _changed(cells[0][name], cells[1][name]) for name in cells[0] if name in cells[1]}
     return RunComparison(
@@ -123,6 +124,14 @@ def same_answer(first: Row, second: Row) -> bool:
     if first.token_ids is not None and second.token_ids is not None:
         return first.token_ids == second.token_ids
     return first.text == second.text
+
+
+def _same(first: Scored, second: Scored) -> bool:
+    """The same answer, asked for by the same references, with the same score."""
+    asked = [
+        (one.planned.references, dict(one.planned.meta), one.score, one.row.text) for one in (first, second)
+    ]
+    return asked[0] == asked[1] and same_answer(first.row, second.row)
 
 
 def _check_versions(first: Results, second: Results) -> None:
@@ -182,7 +191,7 @@ def _reasons(
     if not shared:
         yield "no sample is in both"
     if differing:
-        yield f"{differing} of {shared} samples in both have different answers"
+        yield f"{differing} of {shared} samples in both have different answers, references or scores"
 
 
 def _methods(pairs: Iterable[tuple[Scored, Scored]], alone: bool) -> Iterator[MethodPair]:
@@ -204,7 +213,7 @@ def _methods(pairs: Iterable[tuple[Scored, Scored]], alone: bool) -> Iterator[Me
         yield MethodPair(
             name=name,
             samples=len(group),
-            same=sum(same_answer(a.row, b.row) for a, b in group),
+            same=sum(_same(a, b) for a, b in group),
             first=first_score,
             second=second_score,
             delta=delta,

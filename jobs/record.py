@@ -1,8 +1,8 @@
 """What a sweep leaves on disk: plan, rows, provenance. Plain files, read without a cluster.
 
     <results>/
-        plan.jsonl         what the last start of the sweep asked for: a line with name and cells, then a line
-                           per sample
+        plan.jsonl         what the last start of the sweep asked for: a line with name and cells, a line per
+                           sample, a line with their number
         rows/*.jsonl       raw answers, one JSON object a line, appended as soon as each is there
         provenance.jsonl   lines per start of the sweep: command, code, versions, hardware; how it ended
         prompts.bin        only while a sweep runs: the rendered prompts, token ids as int32
@@ -41,6 +41,7 @@ _WITHOUT_REFERENCES = ("agreement", "lm_eval")
 _ROWS = "rows"
 _PLAN = "plan.jsonl"
 _PLAN_OF_SCHEMA_1 = "plan.json"
+_NUM_SAMPLES = "num_samples"
 
 
 def _doc(text: str, **kwargs: Any) -> Any:
@@ -254,6 +255,7 @@ class PlanWriter:
         with writing(self._path):
             self._file = self._new.open("wb")
             self._end = self._file.write(to_line(head))
+        self._num = 0
         self._reader: BinaryIO | None = None
 
     def add(self, sample: PlannedSample) -> int:
@@ -261,6 +263,7 @@ class PlanWriter:
         place = self._end
         with writing(self._path):
             self._end += self._file.write(to_line(vars(sample)))
+        self._num += 1
         return place
 
     def sample(self, place: int) -> PlannedSample:
@@ -273,6 +276,7 @@ class PlanWriter:
         """Replaces the folder's plan at one stroke, and writes the folder's README beside it."""
         path = self._path
         with writing(path):
+            self._file.write(to_line({_NUM_SAMPLES: self._num}))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._new.replace(path)
@@ -324,8 +328,8 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a results folder.
 
     Raises:
-        ConfigError: no plan there, one of another schema, or one with a damaged line: file and line are
-            named.
+        ConfigError: no plan there, one of another schema, one that is not whole, or one with a damaged line:
+            file and line are named.
     """
     check_schema(folder)
     path = folder / _PLAN
@@ -334,13 +338,21 @@ def read_plan(folder: Path) -> Plan:
             f"results must be a folder of jobs.sweep, got {folder} without {_PLAN}; run the sweep first",
             field="results",
         )
-    lines = enumerate(read_lines(path), 1)
-    head = shapes.check(shapes.PlanHead, next(lines)[1], f"{path}:1", more=True)
+    head_line, *lines = read_lines(path)
+    head = shapes.check(shapes.PlanHead, head_line, f"{path}:1", more=True)
     cells = {cell.id: cell for cell in _cells(head["cells"], f"{path}:1")}
+    end = lines.pop() if lines else {}
+    samples = tuple(_sample(line, cells, f"{path}:{number}") for number, line in enumerate(lines, 2))
+    if end != {_NUM_SAMPLES: len(lines)} or len({sample.key for sample in samples}) < len(samples):
+        raise ConfigError(
+            f"{path} must hold each sample once and end with their number, got {len(lines)} samples and the "
+            f"end {str(end)[:60]}; restore the file, or run the sweep again (answers that are there stay)",
+            field="results",
+        )
     return Plan(
         name=head["name"],
         cells=tuple(cells.values()),
-        samples=tuple(_sample(line, cells, f"{path}:{number}") for number, line in lines),
+        samples=samples,
     )
 
 

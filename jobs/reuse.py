@@ -3,7 +3,8 @@
     python -m jobs.reuse --model jobs/demo_model --tokens 8192
 
 The document is random tokens; each round takes a new one, so that the first question finds nothing of it. The
-answers are compared with those of an engine that keeps nothing. The last line is JSON.
+answers are compared with those of an engine that keeps nothing: exit status 1 if they differ. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("{method}: TTFT {first_s:.2f} s, then {second_s:.2f} s: {measured:.3f} of it, "
               "{predicted:.3f} by FLOP; same answers: {same}".format(**row))  # fmt: skip
     print(json.dumps(rows))
-    return 0
+    return 0 if all(row["same"] for row in rows) else 1
 
 
 def measure(

@@ -169,6 +169,11 @@ class Sweep(Strict):
             except ConfigError as error:
                 raise ValueError(f"tasks.{index}: {error}") from None
             for task in tasks:
+                if task.name == "all":
+                    raise ValueError(
+                        f"{where} must not be called 'all', got that: so are the totals of a report; "
+                        "give it another label"
+                    )
                 if task.name in made_by:
                     raise ValueError(
                         f"tasks must make each task once, got {task.name!r} from {made_by[task.name]} and "

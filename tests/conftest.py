@@ -20,6 +20,7 @@ os.environ.setdefault(
     "RAY_AUTH_TOKEN", "0123456789abcdef" * 4
 )  # clusters of tests leave no token in the home folder
 
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere: kernels run on the CPU, slowly
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell's background job ignores Ctrl-C, so would all that tests start, and never stop when told to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RAY_PROCESSES = ("raylet", "gcs_server")
 

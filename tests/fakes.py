@@ -53,6 +53,7 @@ def info(config: EngineConfig) -> EngineInfo:
         world_size=config.tensor_parallel_size,
         versions={},
         proxy=PROXY,
+        first_proxy_layer=2,
         kv_bytes_limit=config.kv_cache_bytes or 2**30,
         slice_tokens=config.slice_tokens,
         attention="none",
@@ -116,6 +117,8 @@ class FakeShard:
             prefilled=prefilled,
             kept=kept,
             peak_memory_bytes=PEAK_BYTES * len(self._requests),
+            held_requests=self.num_cached,
+            held_documents=len(self.documents),
         )
 
     def _planned_flops(self, step: Step) -> int:

@@ -94,10 +94,13 @@ function bytes(n) {
 
 // Where the answer's words stand in the prompt, from 0 to 1; nowhere if they stand everywhere.
 function places(answer, text) {
-  const words = answer.trim().toLowerCase(), found = [];
+  const words = answer.trim().toLowerCase(), all = text.toLowerCase(), found = [];
   if (words.length < 3) return found;
-  for (let at = -1; (at = text.toLowerCase().indexOf(words, at + 1)) >= 0;) found.push(at / text.length);
-  return found.length <= 4 ? found : [];
+  for (let at = -1; (at = all.indexOf(words, at + 1)) >= 0;) {
+    if (found.length === 4) return [];
+    found.push(at / all.length);
+  }
+  return found;
 }
 
 async function answerOn(side, method, content, maxTokens) {

@@ -1,5 +1,5 @@
 """A bounded load on an OpenAI endpoint, with a report; exit status 1 when a stream was neither complete nor
-refused in form.
+refused in form, none was complete, or the server has memory of a request afterwards.
 
     python -m jobs.load --url http://127.0.0.1:8000 --streams 64 --seconds 120 --out results/load
     python -m jobs.load --serve ray_config.yaml --set engines.default.slice_tokens=null --out results/whole
@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     args = argparse.ArgumentParser(
         prog="python -m jobs.load",
         description="A bounded load on an OpenAI endpoint, with a report.",
-        epilog="Exit status: 0 every request was answered or refused in form, 1 not so, 2 bad input.",
+        epilog="Exit status: 0 requests were answered, the others refused in form, and the server "
+        "has no memory of them; 1 not so; 2 bad input.",
     )
     what = args.add_mutually_exclusive_group(required=True)
     what.add_argument("--url", help="of an endpoint that runs, without /v1")

@@ -34,7 +34,11 @@ def all_plots(run: Run, summary: Summary) -> list[tuple[str, str, str]]:
         ("Answer tokens over time", _tokens(run), "From chunks and counts of complete answers."),
         ("Requests in the server", _gauges(run.moments), "As /metrics says."),
         ("Memory of the server", _memory(run.moments), "Resident less shared, by kind of process."),
-        ("KV cache in use", _kv(run.moments), "As /metrics says, all engines."),
+        (
+            "KV memory",
+            _kv(run.moments),
+            "As /metrics says, all engines: what requests hold, what they may take, and documents.",
+        ),
     ]
     return [(title, svg, note) for title, svg, note in drawn if svg is not None]
 
@@ -99,8 +103,10 @@ def _gauges(moments: Sequence[Moment]) -> str | None:
 
 
 def _kv(moments: Sequence[Moment]) -> str | None:
-    values = [moment.gauges.get("kv_cache_bytes") for moment in moments]
-    return _over_time(moments, {"KV cache": [None if v is None else v / 2**20 for v in values]}, "MiB")
+    names = {"held": "kv_cache_bytes", "reserved": "kv_reserved_bytes", "documents": "kv_document_bytes"}
+    found = {text: [moment.gauges.get(name) for moment in moments] for text, name in names.items()}
+    series = {text: [None if v is None else v / 2**20 for v in values] for text, values in found.items()}
+    return _over_time(moments, series, "MiB")
 
 
 def _memory(moments: Sequence[Moment]) -> str | None:

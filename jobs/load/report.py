@@ -93,16 +93,18 @@ def figures(run: Run, summary: Summary) -> list[tuple[str, str]]:
         )
         found.append((name, text))
     if (memory := summary.memory) is not None:
-        found.append(
-            (
-                "memory of the server's processes",
-                f"{bytes_text(memory.first)} at first, {bytes_text(memory.most)} at most, "
-                f"{bytes_text(memory.last)} at the end; {_signed(memory.growth)} from the second third of "
-                "the load to the last",
-            )
+        text = (
+            f"{bytes_text(memory.first)} at first, {bytes_text(memory.most)} at most, "
+            f"{bytes_text(memory.last)} at the end; {_signed(memory.growth)} from the second third of the "
+            "load to the last"
         )
+        if memory.growth_less_documents is not None:
+            text += f", {_signed(memory.growth_less_documents)} less the documents that it keeps"
+        found.append(("memory of the server's processes", text))
     if summary.kv_left_bytes is not None:
-        found.append(("KV cache in use after the load", f"{summary.kv_left_bytes:.0f} bytes"))
+        found.append(("KV memory reserved after the load", f"{summary.kv_left_bytes:.0f} bytes"))
+    if summary.held is not None:
+        found.append(("requests whose caches are there after the load", f"{summary.held:.0f}"))
     found.append(("this client was late by at most", seconds(run.lag_s)))
     return found
 
@@ -110,6 +112,12 @@ def figures(run: Run, summary: Summary) -> list[tuple[str, str]]:
 def warnings(run: Run, summary: Summary) -> list[str]:
     """What a reader must know before the numbers."""
     found = [f"{count} × {message}" for message, count in summary.messages]
+    if not summary.outcomes["complete"]:
+        found.append("No request was answered.")
+    if summary.kv_left_bytes or summary.held:
+        found.append("After the load the server still has memory of requests: a leak, or another client's.")
+    if summary.kv_left_bytes is None and any("kv_reserved_bytes" in each.gauges for each in run.moments):
+        found.append("After the load the server did not say what memory requests have.")
     few = [line for line in summary.lines if line.count < _FEW]
     if few:
         found.append(

@@ -65,19 +65,22 @@ class WhileLong:
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """All processes of the server, private bytes. growth: median of the last third of the load less that of
-    the third before."""
+    the third before. growth_less_documents: the same of what is not kept documents; None where the server
+    does not say how many bytes those are. Documents in a GPU's memory are in none of its processes'."""
 
     first: int
     most: int
     last: int
     growth: int
+    growth_less_documents: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """See `summarise`. outcomes: how many requests ended how. requests_per_s, tokens_per_s (answers),
     prompt_tokens_per_s: of complete ones, over the whole run. late: requests that found no free stream when
-    they were due. kv_left_bytes: in use when all was over. messages: of errors and faults, and how often."""
+    they were due. kv_left_bytes: reserved when all was over; held: requests whose caches the engines had
+    then; None where the server does not say. messages: of errors and faults, and how often."""
 
     outcomes: dict[str, int]
     requests_per_s: float
@@ -88,13 +91,16 @@ class Summary:
     while_long: WhileLong | None
     memory: Memory | None
     kv_left_bytes: float | None
+    held: float | None
     late: int
     messages: tuple[tuple[str, int], ...]
 
     @property
     def clean(self) -> bool:
-        """Every request was answered to its end, or refused in form."""
-        return not (self.outcomes["error"] or self.outcomes["fault"])
+        """Some request was answered to its end, every other one too or refused in form, and none of them has
+        memory of the server's any more."""
+        wrong = self.outcomes["error"] or self.outcomes["fault"] or self.kv_left_bytes or self.held
+        return self.outcomes["complete"] > 0 and not wrong
 
 
 def spread(values: Iterable[float]) -> Spread | None:
@@ -109,6 +115,7 @@ def spread(values: Iterable[float]) -> Spread | None:
 def summarise(run: Run) -> Summary:
     """All figures of a run."""
     complete = [record for record in run.records if record.outcome == "complete"]
+    after = run.moments[-1].gauges if run.moments else {}
     keys = sorted({(record.length, record.method or "") for record in complete})
     outcomes = Counter(record.outcome for record in run.records)
     wrong = Counter(
@@ -132,7 +139,8 @@ def summarise(run: Run) -> Summary:
         ),
         while_long=_while_long(run, complete),
         memory=_memory(run.moments),
-        kv_left_bytes=run.moments[-1].gauges.get("kv_cache_bytes") if run.moments else None,
+        kv_left_bytes=after.get("kv_reserved_bytes"),
+        held=after.get("num_requests_held"),
         late=sum(record.late_s > 0.01 for record in run.records),
         messages=tuple(wrong.most_common(10)),
     )
@@ -203,13 +211,27 @@ def overlaps(disjoint: Sequence[Interval], interval: Interval) -> bool:
 
 def _memory(moments: Sequence[Moment]) -> Memory | None:
     totals = [sum(moment.memory.values()) for moment in moments if moment.memory]
-    if len(totals) < 3:
+    growth = _growth(totals)
+    if growth is None:
         return None
-    third = len(totals) // 3
-    before, last = totals[-2 * third : -third], totals[-third:]
     return Memory(
         first=totals[0],
         most=max(totals),
         last=totals[-1],
-        growth=round(float(np.median(last) - np.median(before))),
+        growth=growth,
+        growth_less_documents=_growth(
+            [
+                sum(moment.memory.values()) - moment.gauges["kv_document_bytes"]
+                for moment in moments
+                if moment.memory and "kv_document_bytes" in moment.gauges
+            ]
+        ),
     )
+
+
+def _growth(sizes: Sequence[float]) -> int | None:
+    """Median of the last third less that of the third before."""
+    if len(sizes) < 3:
+        return None
+    third = len(sizes) // 3
+    return round(float(np.median(sizes[-third:]) - np.median(sizes[-2 * third : -third])))

@@ -21,7 +21,10 @@ from jobs.load.record import Moment
 
 EVERY_S = 1.0
 TICK_S = 0.02
-GAUGES = ("num_requests_running", "num_requests_waiting", "queued_prefill_tokens", "kv_cache_bytes")
+GAUGES = (
+    *("num_requests_running", "num_requests_waiting", "num_requests_held", "queued_prefill_tokens"),
+    *("kv_cache_bytes", "kv_reserved_bytes", "kv_document_bytes"),
+)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # "ray::Shard.step", "ray::ServeReplica:spts:Engine-default.handle_request" -> Shard, Engine-default
 _TITLE = re.compile(r"ray::(?:ServeReplica:[^:]*:)?([\w-]+)")

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from jobs.tasks.base import Meta, Sample, Tokens
 from jobs.tasks.haystack import haystack, haystack_hash
-from spts.errors import ConfigError, check_keys, require_int
+from spts.errors import ConfigError, check_keys, config_error, require_int
 
 FOLLOW_TOKENS = 32
 
@@ -140,7 +140,14 @@ class AgreementTask:
     def _documents(self) -> list[Document]:
         if not self.texts:
             return [Document(name="shipped", text="\n".join(haystack("held_out")))]
-        return [document for text in self.texts for document in _read(Path(os.path.expanduser(text)))]
+        found = [document for text in self.texts for document in _read(Path(os.path.expanduser(text)))]
+        for index, one in enumerate(found):
+            same = next((other for other in found[:index] if other.text == one.text), None)
+            if same is not None:
+                raise config_error(
+                    "texts", "hold each text once", f"{same.name} and {one.name} alike", "remove one"
+                )
+        return found
 
 
 def _last(ends: Sequence[int], start: int, length: int) -> int:

@@ -19,7 +19,9 @@ SHIPPED = "the Python standard library's sources, held-out part"
 _MAX_UNIT_CHARS = 400
 # A sentence ends at a mark of its script and the quotes or brackets that close with it, then any space.
 _SENTENCE = re.compile(r".+?(?:[.!?…؟۔।॥]+[\"'”’»)\]]* +|[。！？｡．]+[”’」』）》]* *|$)")
-_PIECE = re.compile(rf".{{1,{_MAX_UNIT_CHARS}}}$|.{{1,{_MAX_UNIT_CHARS - 1}}} |.{{1,{_MAX_UNIT_CHARS}}}")
+# What is longer has no marks: it gets many places for a needle, so that short prompts have some too.
+_PIECE_CHARS = 40
+_PIECE = re.compile(rf".{{1,{_PIECE_CHARS}}}$|.{{1,{_PIECE_CHARS - 1}}} |.{{1,{_PIECE_CHARS}}}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Document:
 
     Attributes:
         source: where it comes from, in words; no path.
-        units: lines of shipped text, sentences of a folder's (none longer than 400 characters).
+        units: lines of shipped text, sentences of a folder's (pieces of 40 characters of what is longer than
+            400).
         sha256: hash of the text.
     """
 
@@ -85,8 +88,12 @@ def document(path: str | None) -> Document:
     text = re.sub(r"\s+", " ", _read(Path(path))).strip()
     if not text:
         raise config_error("haystack", "hold text", f"{path} without any", "name a folder of .txt files")
-    units = tuple(piece for sentence in _SENTENCE.findall(text + " ") for piece in _PIECE.findall(sentence))
+    units = tuple(unit for sentence in _SENTENCE.findall(text + " ") for unit in _units(sentence))
     return Document(source="given text", units=units, sha256=_sha256(text))
+
+
+def _units(sentence: str) -> list[str]:
+    return [sentence] if len(sentence) <= _MAX_UNIT_CHARS else _PIECE.findall(sentence)
 
 
 def _read(path: Path) -> str:

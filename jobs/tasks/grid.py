@@ -6,6 +6,7 @@ Our own default needle is worded as those of `jobs.tasks.needle`.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -89,18 +90,39 @@ class GridTask:
             needles.setdefault(place(taken, self._depth(text, number)), []).append(each.needle)
         return put(taken, needles).strip()
 
+    def _fewest(self, start: int) -> int:
+        """Units of haystack, from unit `start` on, that have a place of its own for each depth."""
+        for units in itertools.count(len(self.depths) - 1):
+            taken = document(self.haystack).take(units, start)
+            if len({place(taken, depth / 100) for depth in self.depths}) == len(self.depths):
+                return units
+        raise AssertionError("enough units have enough places")
+
+    def _start(self, length: int, seed: int, text: int) -> int:
+        rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{text}")
+        return rng.randrange(len(document(self.haystack).units))
+
+    def _enough(self, tokens: Tokens, length: int, seed: int, text: int, suffix: str) -> int:
+        """A length that has room, above one that has none; at another length a text begins elsewhere."""
+        while True:
+            start = self._start(length, seed, text)
+            needed = len(tokens.encode(self._context(text, self._fewest(start), start) + suffix))
+            if needed <= length:
+                return length
+            length = needed
+
     def samples(self, tokens: Tokens, *, length: int, count: int, seed: int) -> Iterator[Sample]:
         """`count` samples of at most `length` tokens, sample i the same for any `count`.
 
         Raises:
-            ConfigError: `length` leaves no room for the needles and a question; or as `content` does.
+            ConfigError: `length` leaves no room for the needles, a question, and so much of the haystack that
+                each depth is a place of its own; or as `content` does.
         """
         suffixes = [ask(each.question) for each in self.questions]
         longest = max(suffixes, key=lambda suffix: len(tokens.encode(suffix)))
         units = 0
         for text in range(-(-count // len(self.questions))):
-            rng = random.Random(f"{self.name}/{self.version}/{length}/{seed}/{text}")
-            start = rng.randrange(len(document(self.haystack).units))
+            start = self._start(length, seed, text)
 
             def context(units: int, text: int = text, start: int = start) -> str:
                 return self._context(text, units, start)
@@ -108,12 +130,15 @@ class GridTask:
             def prompt(units: int, context: Callable[[int], str] = context) -> str:
                 return context(units) + longest
 
-            most = fill(prompt, tokens=tokens, room=length, fewest=0, guess=units)
+            fewest = self._fewest(start)
+            most = fill(prompt, tokens=tokens, room=length, fewest=fewest, guess=units)
             if most is None:
-                raise no_room(self.name, length, len(tokens.encode(prompt(0))))
+                raise no_room(self.name, length, self._enough(tokens, length, seed, text, longest))
             units = most
             # Where a text's end and a question meet, a shorter question can have more tokens.
-            while units and any(len(tokens.encode(context(units) + each)) > length for each in suffixes):
+            while units > fewest and any(
+                len(tokens.encode(context(units) + each)) > length for each in suffixes
+            ):
                 units -= 1
             filled = context(units)
             for number in range(min(len(suffixes), count - text * len(suffixes))):

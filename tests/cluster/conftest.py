@@ -71,9 +71,9 @@ def ray_cluster():
             yield RayCluster(env)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def driver(ray_cluster):
-    """This process as a driver of the cluster."""
+    """This process as a driver of the cluster, until the module's end: other tests connect elsewhere."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +114,7 @@ def demo_url(tmp_path_factory) -> Iterator[str]:
         yield address
     finally:
         os.killpg(served.pid, signal.SIGINT)
-        served.wait(90)
+        served.wait(240)
 
 
 def is_ready(address: str) -> bool:

@@ -74,7 +74,7 @@ BAD = [
     (COMPLETIONS, completion(spts={"methd": "dense"}), "spts", "unsupported_parameter", "spts.methd"),
     (
         COMPLETIONS,
-        completion(spts={"method": "spts", "schedule": "qwen2.5-7b"}),
+        completion(spts={"method": "spts", "schedule": {**SCHEDULE.to_dict(), "num_layers": 28}}),
         "spts.schedule.num_layers",
         "invalid_value",
         "model's 6 layers, got 28",
@@ -120,7 +120,7 @@ async def test_budgets_that_are_negative_or_no_counts_are_400(folder, field, of,
     async with endpoint(folder) as (client, engine):
         steps = len(engine.group.steps)
         answer = await client.post(COMPLETIONS, content=json.dumps(body).replace('"@"', value))
-        if (field, value) in (("active_tokens", "9" * 4000), ("keep_tokens", "9" * 4000)):
+        if (field, value) == ("keep_tokens", "9" * 4000):
             assert answer.status_code == 200, "more than the prompt has: dense, as the schedule says"
             return
         assert len(engine.group.steps) == steps

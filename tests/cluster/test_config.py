@@ -16,6 +16,7 @@ from cluster.config import (
     load_yaml,
     parse,
     parse_method,
+    read_yaml,
 )
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -50,6 +51,16 @@ def changed(data, path: str, value):
         inner = inner[part]
     inner[last] = value
     return data
+
+
+def test_a_budget_must_be_left_between_the_limits():
+    args = {**ARGS, "min_budget_tokens": 64}
+    assert parse(args, AppConfig, source="args").most_budget_tokens == 2048, "the largest of demo-12l"
+    assert parse({**args, "max_budget_tokens": 64}, AppConfig, source="args").most_budget_tokens == 64
+    with pytest.raises(ConfigError, match="max_budget_tokens must be at least min_budget_tokens = 64"):
+        parse({**args, "max_budget_tokens": 63}, AppConfig, source="args")
+    dense = {**ARGS, "pools": [{"method": {"name": "dense"}}]}
+    assert parse(dense, AppConfig, source="args").most_budget_tokens is None
 
 
 def test_defaults_serve_one_rank_on_the_cpu():
@@ -237,6 +248,15 @@ def test_the_whole_file_is_checked(tmp_path):
             "docs",
             r"pools.1.method.name must not need proxies on a model without them, got 'spts' .*docs; fit them",
         ),
+        (
+            "applications.0.args.pools.1.method.schedule",
+            {
+                "num_layers": 12,
+                "first_skip_layer": 3,
+                "stages": [{"last_layer": 10, "active_tokens": 256, "keep_tokens": None}],
+            },
+            r"first_skip_layer must be at least 4, the first layer with a proxy in .* got 3",
+        ),
     ],
 )
 def test_a_typo_anywhere_in_the_file_is_named(tmp_path, at, value, message):
@@ -267,3 +287,13 @@ def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=r"bad.yaml must be YAML"):
             load_yaml(tmp_path / "bad.yaml", AppConfig)
+
+
+def test_a_key_that_is_given_twice_is_refused_but_a_merged_one_may_be(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("samples: 2\nseeds: [0]\nsamples: 5\n")
+    with pytest.raises(ConfigError, match="key 'samples' twice in a mapping"):
+        read_yaml(path)
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\nd: *b\n")
+    merged = {"x": 1, "y": 3}
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": merged, "c": {"x": 4, "y": 3}, "d": merged}

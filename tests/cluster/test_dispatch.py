@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import time
 
 import httpx
 import pytest
 
+from cluster.api import CompletionBody
+from cluster.choices import pieces
 from cluster.config import AppConfig
+from cluster.dispatch import Dispatcher
+from cluster.metrics import Metrics
 from cluster.protocol import EngineError
 from cluster.router import Router
 from spts.methods import Spts
@@ -43,6 +49,25 @@ async def test_a_request_chooses_within_the_limits_of_the_configuration(folder):
         error = await refused(client, spts={"method": "dense"})
         assert "none: this server chooses by the prompt's length" in error["message"]
         assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
+
+
+@pytest.mark.parametrize(("limits", "most"), [({}, 40), ({"max_budget_tokens": 60}, 60)])
+async def test_no_budget_of_a_request_is_larger_than_those_of_the_pools(folder, limits, most):
+    """A prompt's length less one is no budget: a whole dense layer would be computed at once."""
+    async with endpoint(folder, **limits) as (client, engine):
+        for budget, status in ((most, 200), (most + 1, 400), (99, 400)):
+            stages = [{"last_layer": 3, "active_tokens": budget, "keep_tokens": 200}]
+            spts = {"method": "spts", "schedule": {**SCHEDULE.to_dict(), "stages": stages}}
+            steps = len(engine.group.steps)
+            answer = await client.post(COMPLETIONS, json=completion(prompt=[7] * 100, spts=spts))
+            assert answer.status_code == status
+            if status == 400:
+                message = error_of(answer)["message"]
+                assert f"active_tokens must be at most {most}, got {budget} up to layer 3" in message
+                assert len(engine.group.steps) == steps
+    dense = [{"method": {"name": "dense"}}]
+    async with endpoint(folder, pools=dense) as (client, _):
+        assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
 
 
 async def test_what_a_choice_leaves_open_is_as_configured(folder):
@@ -83,21 +108,28 @@ async def test_activity_comes_with_the_usage_when_it_is_asked_for(folder):
 
 
 class LosesReplicas(FakeEngine):
-    """Of several replicas, all ready, the first `num_lost` to be asked are lost."""
+    """Of several replicas, all ready, the first `num_lost` to be asked are lost, after `lost_after_s`."""
 
     num_lost = 0
+    lost_after_s = 0.0
 
     async def generate(self, request):
         if self.num_lost:
             self.num_lost -= 1
+            await asyncio.sleep(self.lost_after_s)
             raise EngineError("unavailable", "the engine is not there; retry later")
         async for chunk in super().generate(request):
             yield chunk
 
 
 @contextlib.asynccontextmanager
-async def two_engines(folder, pools, **engine):
-    engines = {name: {"model": str(folder), **engine} for name in ("short", "long")}
+async def two_engines(folder, pools, *, lengths=None, **engine):
+    """lengths: max_model_len by engine."""
+    lengths = lengths or {}
+    engines = {
+        name: {"model": str(folder), "max_model_len": lengths.get(name), **engine}
+        for name in ("short", "long")
+    }
     config = AppConfig.model_validate({"served_model_name": "tiny", "engines": engines, "pools": pools})
     fakes = {name: LosesReplicas(engine, step_s=0.002) for name, engine in config.engines.items()}
     for fake in fakes.values():
@@ -187,6 +219,64 @@ async def test_an_answer_that_has_begun_is_not_begun_again(folder):
         assert chunks
         assert last["error"]["code"] == "unavailable"
         assert len(fakes["long"].group.steps) == steps
+
+
+async def test_an_engine_that_loads_longer_than_others_is_waited_for_before_a_length_is_refused(
+    folder, monkeypatch
+):
+    monkeypatch.setattr("cluster.dispatch.ANSWER_S", 0.2)
+    lengths = {"short": 64, "long": 512}
+    long_text = {"prompt": "fox " * 300, "max_tokens": 2}  # more than 16 characters a token of the short one
+    async with two_engines(folder, SHORT_AND_LONG, lengths=lengths) as (client, fakes):
+        loaded = asyncio.Event()
+        info = fakes["long"].info
+
+        async def loading():
+            await loaded.wait()
+            return await info()
+
+        monkeypatch.setattr(fakes["long"], "info", loading)
+        assert (await client.get("v1/models")).json()["data"][0]["max_model_len"] is None
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == 200, "of the short one"
+        answer = await client.post(COMPLETIONS, json=completion(**long_text))
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
+        loaded.set()
+        assert (await client.post(COMPLETIONS, json=completion(**long_text))).status_code == 200
+        assert (await client.get("v1/models/tiny")).json()["max_model_len"] == 512
+        much = await client.post(COMPLETIONS, json=completion(prompt="x" * (16 * 512 + 1)))
+        assert much.status_code == 413
+
+
+async def test_all_of_a_request_has_one_deadline_from_its_arrival(folder):
+    async def slowly(body):
+        text = json.dumps(body).encode()
+        yield text[:10]
+        await asyncio.sleep(0.2)
+        yield text[10:]
+
+    async with two_engines(folder, SHORT_AND_LONG) as (client, fakes):
+        await client.get("ready")
+        fakes["short"].num_lost = 1
+        fakes["short"].lost_after_s = 0.1
+        body = completion(echo=True, logprobs=0)
+        assert (await client.post(COMPLETIONS, content=slowly(body))).status_code == 200
+        [echo] = started(fakes["long"])[1:]
+        [answer] = started(fakes["short"])[1:]
+    assert 0 < answer.deadline_s <= echo.deadline_s <= 600 - 0.2 - 0.1
+
+
+async def test_a_request_that_is_late_already_is_not_begun(folder, tokenizer):
+    """Its body took all the time, or the reading of its text."""
+    config = AppConfig.model_validate({"engines": {"default": {"model": str(folder)}}, "pools": POOLS})
+    engine = FakeEngine(config.engines["default"])
+    await engine.start()
+    dispatcher = Dispatcher(config, {"default": engine}, tokenizer)
+    body = CompletionBody.model_validate(completion(max_tokens=400))
+    arrived = time.perf_counter() - config.request_timeout_s
+    job = await dispatcher.job(body, [(7, 8, 9)], "completion", request_id="r", arrived=arrived)
+    with pytest.raises(EngineError, match="the answer must take at most 600 s; it took longer"):
+        await anext(pieces(job, tokenizer, Metrics()))
+    await engine.shutdown()
 
 
 async def test_an_overloaded_engine_is_said_to_be_so_not_left(folder):

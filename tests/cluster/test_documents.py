@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.documents import Documents
+from cluster.documents import LEAST_TOKENS, Documents, _common
 
 A, B, C = (tuple(range(start, start + 100)) for start in (1, 201, 401))
 
@@ -93,6 +93,27 @@ def test_one_that_is_given_up_leaves_nothing():
     assert documents.take_forgotten() == ()
 
 
+def test_of_many_roots_with_one_template_only_those_that_are_worth_it_are_looked_at(monkeypatch):
+    compared = []
+
+    def common(*args):
+        compared.append(args)
+        return _common(*args)
+
+    monkeypatch.setattr("cluster.documents._common", common)
+    documents = Documents(10**6)
+    template = tuple(range(1, 31))
+    texts = [(*template, *range(1000 * number, 1000 * number + 200)) for number in range(1, 101)]
+    for text in texts:
+        documents.keep(documents.reserve(text, 4, None, 0, len(text)).name)
+    assert documents.find((*template, *range(100)), 4, 100, LEAST_TOKENS) == (None, 0)
+    assert not compared
+    found, length = documents.find((*texts[41], 7, 8), 4, 231, LEAST_TOKENS)
+    assert (found and found.token_ids, length, len(compared)) == (texts[41], 230, 1)
+    assert documents.find((*template, 7, 8), 4, 31, 30)[1] == 30, "fewer, if so few are asked for"
+    assert documents.find((*template, 7, 8), 4, 31, 31) == (None, 0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_the_longest_common_beginning_is_found_and_bytes_add_up(seed):
@@ -110,6 +131,9 @@ def test_the_longest_common_beginning_is_found_and_bytes_add_up(seed):
         _, length = documents.find(token_ids, 3, limit)
         shared = max((_shared(token_ids[:limit], other) for other in held.values()), default=0)
         assert length == shared
+        worth_it = length if length >= LEAST_TOKENS else 0
+        assert documents.find(token_ids, 3, limit, LEAST_TOKENS)[1] == worth_it
+        assert documents.free_bytes == sum(each.num_bytes for each in documents._kept.values())
         if all(other[: len(token_ids)] != token_ids for other in held.values()):
             held[keep(documents, token_ids, depth=3)] = token_ids
         if draw.random() < 0.2:

@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
+from cluster.admission import demand
 from cluster.config import EngineConfig
 from cluster.protocol import Agreement, Chunk, EngineError, Request
 from spts import cost
@@ -18,7 +20,7 @@ from spts.methods import Dense, Spts
 from spts.sampling import Sampling
 from spts.schedule import Schedule
 from tests.cluster.tiny import SCHEDULE
-from tests.fakes import EOS, MAX_CONTEXT, PEAK_BYTES, SHAPE, FakeEngine
+from tests.fakes import EOS, MAX_CONTEXT, PEAK_BYTES, SHAPE, FakeEngine, info
 
 
 def request(request_id="a", token_ids=(1, 2, 3), max_new_tokens=4, **fields) -> Request:
@@ -137,19 +139,6 @@ async def test_leaving_a_stream_frees_its_cache():
         assert engine.group.ranks[0].num_cached == 0
 
 
-async def test_abort_ends_the_stream_and_frees_its_cache():
-    async with started() as engine:
-        sent = asyncio.create_task(collect(engine, request(max_new_tokens=400)))
-        while not any(step.decode for step in engine.group.steps):
-            await asyncio.sleep(0.001)
-        await engine.abort("a")
-        await engine.abort("no such request")
-        with pytest.raises(EngineError, match="aborted"):
-            await sent
-        await settled(engine)
-        assert engine.group.ranks[0].num_cached == 0
-
-
 async def test_the_deadline_covers_the_whole_answer_not_only_the_first_token():
     async with started(step_s=0.005) as engine:
         stream = engine.generate(request(max_new_tokens=400, deadline_s=0.2))
@@ -199,6 +188,35 @@ async def test_an_id_used_again_while_its_last_step_runs_gets_only_its_own_token
         assert (await engine.run(request(token_ids=(7, 8, 9)))).token_ids == (7, 8, 9, 7)
 
 
+async def test_a_stream_that_ends_late_leaves_the_request_that_has_its_id_by_now():
+    async with started(step_s=0.001) as engine:
+        old = engine.generate(request(max_new_tokens=1))
+        assert (await anext(old)).result is not None
+        new = asyncio.create_task(engine.run(request(token_ids=(7, 8, 9), max_new_tokens=50)))
+        while "a" not in engine._flights:
+            await asyncio.sleep(0)
+        await old.aclose()
+        assert (await asyncio.wait_for(new, 10)).token_ids[:4] == (7, 8, 9, 7)
+
+
+async def test_a_request_is_finished_with_the_tokens_it_has_but_not_before_its_first():
+    async with started(step_s=0.005) as engine:
+        stream = engine.generate(request(max_new_tokens=400))
+        first = asyncio.ensure_future(anext(stream))
+        while not engine._flights:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineError, match="has its first token, got 'a'"):
+            await engine.finish("a")
+        assert (await first).token_ids == (1,)
+        await engine.finish("a")
+        await engine.finish("a")
+        *_, last = [chunk async for chunk in stream]
+        assert last.result is not None
+        assert (last.finish_reason, last.result.token_ids[:1]) == ("stop", (1,))
+        await settled(engine)
+        assert engine.group.ranks[0].num_cached == 0
+
+
 async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it():
     async with started() as engine:
         chunks = await collect(engine, request(token_ids=(1, 2), follow=(1, EOS, 1), max_new_tokens=3))
@@ -214,6 +232,19 @@ async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it()
         Agreement(kl=1.0, rank=2),
         Agreement(kl=0.0, rank=1),
     )
+
+
+def test_what_is_followed_costs_two_runs_over_all_of_it():
+    """So that a prompt of one token with its whole text to follow, an echo, overtakes no shorter prompt."""
+    engine_info = info(EngineConfig(model="fake"))
+    echo = demand(request(token_ids=(1,), follow=(2,) * 300, max_new_tokens=300), engine_info)
+    assert echo.flops == pytest.approx(2 * cost.dense_flops(SHAPE, 300).total, rel=0.01)
+    spts = Spts(schedule=SCHEDULE)
+    sent = request(token_ids=(1,) * 200, method=spts, follow=(2,) * 50, max_new_tokens=50)
+    once = demand(replace(sent, follow=()), engine_info)
+    both = demand(sent, engine_info)
+    dense = cost.dense_flops(SHAPE, 249).total
+    assert both.flops - once.flops == 2 * dense - cost.dense_flops(SHAPE, 200).total
 
 
 async def test_a_result_says_what_was_reused():
@@ -318,9 +349,8 @@ async def test_two_hundred_random_aborts_leave_nothing_in_use():
             with contextlib.suppress(EngineError, TimeoutError):
                 async with asyncio.timeout(draw.random() * 0.3), contextlib.aclosing(stream):
                     async for _ in stream:
-                        if leaves_after == 1:
-                            await engine.abort(sent.request_id)
-                        elif leaves_after:
+                        leaves_after -= 1
+                        if leaves_after == 0:
                             break
 
         await asyncio.gather(*(one(number) for number in range(200)))
@@ -328,7 +358,8 @@ async def test_two_hundred_random_aborts_leave_nothing_in_use():
         await settled(engine)
         stats = await engine.stats()
         assert (stats.running, stats.waiting, stats.kv_bytes, stats.reserved_bytes) == (0, 0, 0, 0)
-        assert engine.group.ranks[0].num_cached == 0
+        assert (stats.held_requests, engine.group.ranks[0].num_cached) == (0, 0)
+        assert stats.held_documents == len(engine.group.ranks[0].documents) > 0
         held = sum(
             cost.prefix_bytes(SHAPE, len(tokens), depth, dtype_bytes=4)
             for depth, tokens in engine.group.ranks[0].documents.values()
@@ -399,6 +430,12 @@ OTHER_DEPTH = Spts(schedule=DEEP)
         ),
         (request(prefix_tokens=3), "invalid_request", "prefix_tokens", "below the prompt's 3 tokens, got 3"),
         (request(prefix_tokens=-1), "invalid_request", "prefix_tokens", "at least 0 and .* got -1"),
+        (
+            request(method=Spts(schedule=replace(SCHEDULE, first_skip_layer=1))),
+            "invalid_request",
+            "schedule",
+            "in no layer before 2, the first with proxies, got layer 1;",
+        ),
         (request(method=OTHER_DEPTH), "invalid_request", "schedule.num_layers", "model's 6 layers, got 7"),
     ],
 )
@@ -425,6 +462,8 @@ async def test_a_failed_step_fails_what_is_in_flight_and_the_group_restarts(kind
         engine.group.fail_next = EngineError(kind, "boom")
         failed = await asyncio.gather(*flights, return_exceptions=True)
         assert [getattr(error, "kind", None) for error in failed] == [kind] * 3
+        while not await engine.ready():
+            await asyncio.sleep(0.001)
         assert (await engine.run(request("after"))).token_ids == (1, 2, 3, 1)
         assert (engine.num_restarts, engine.group.num_starts) == (1, 2)
         assert await engine.ready()
@@ -439,6 +478,22 @@ async def test_a_rank_that_dies_while_nothing_runs_is_noticed():
             await asyncio.sleep(0.01)
         assert engine.num_restarts == 1
         assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
+
+
+async def test_ranks_that_start_again_are_ready_once_they_have_made_a_token():
+    async with started() as engine:
+        steps = len(engine.group.steps)
+        engine.group.fail_next = EngineError("internal", "they load, and cannot compute")
+        engine.group.lose_a_rank()
+        while engine.num_restarts == 0:
+            assert not await engine.ready() or engine.group.num_starts == 1
+            await asyncio.sleep(0)
+        assert await engine.ready()
+        assert (engine.group.num_starts, engine.num_restarts) == (3, 1)
+        first, then, _ = engine.group.steps[steps:]
+        assert first.start == then.start
+        assert then.advance == ("warm-up", None)
+        assert engine.group.ranks[0].num_cached == 0
 
 
 async def test_a_group_that_does_not_come_back_fails_the_engine_and_its_health_check():

@@ -56,7 +56,7 @@ def test_nothing_is_left_when_it_is_stopped(stop, number, status):
         }
         assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
         stop(process.pid, number)  # a terminal sends Ctrl-C to the whole group
-        assert process.wait(60) == status
+        assert process.wait(180) == status
     finally:
         process.kill()
         process.stdout.close()

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import Metrics
-from cluster.protocol import EngineStats
+from cluster.protocol import EngineError, EngineStats
 from tests.cluster.conftest import REPOSITORY
 from tests.cluster.endpoint import CHAT, COMPLETIONS, chat, completion, endpoint
 
@@ -91,6 +91,53 @@ async def test_refusals_and_failures_are_counted_by_their_kind(folder, tmp_path)
     assert found["request_failures_total", (("reason", "deadline"),)] == 2
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_rank_lost_in_an_answer_is_a_failure_and_lost_before_it_a_refusal(folder, stream):
+    async with endpoint(folder, step_s=0.005) as (client, engine):
+        body = completion(max_tokens=400, stream=stream)
+        sent = asyncio.create_task(client.post(COMPLETIONS, json=body))
+        await asyncio.sleep(0.3)
+        engine.group.fail_starts = 99
+        engine.group.lose_a_rank()
+        await sent
+        found = await scrape(client)
+        unavailable = (("reason", "unavailable"),)
+        assert found["request_failures_total", unavailable] == 1
+        assert ("admission_rejections_total", unavailable) not in found
+        assert (await client.post(COMPLETIONS, json=body)).status_code == 503
+        found = await scrape(client)
+    assert found["request_failures_total", unavailable] == 1
+    assert found["admission_rejections_total", unavailable] == 1
+
+
+async def test_choices_whose_client_leaves_are_counted(folder):
+    async with endpoint(folder, step_s=0.005) as (client, _):
+        body = completion(prompt=[[7] * 4, [7, 0]], max_tokens=400)  # the second one ends by itself
+        sent = asyncio.create_task(client.post(COMPLETIONS, json=body))
+        await asyncio.sleep(0.3)
+        sent.cancel()
+        await asyncio.gather(sent, return_exceptions=True)
+        found = await scrape(client)
+    ends = {
+        dict(labels)["finished_reason"]: v for (n, labels), v in found.items() if n == "request_success_total"
+    }
+    assert ends == {"stop": 1, "abort": 1}
+    assert not [name for name, _ in found if name in ("request_failures_total", "admission_rejections_total")]
+
+
+async def test_the_prefill_of_an_echo_is_that_of_its_answer(folder):
+    step_s = 0.05
+    async with endpoint(folder, step_s=step_s) as (client, _):
+        await client.post(COMPLETIONS, json=completion(echo=True, logprobs=0, max_tokens=1))
+        found = await scrape(client)
+    first, queue, prefill = (
+        found[f"{name}_seconds_sum", (("method", "dense"),)]
+        for name in ("time_to_first_token", "request_queue_time", "request_prefill_time")
+    )
+    own_s = first - queue - prefill
+    assert own_s >= step_s, "the prompt's own log-probabilities took a step or more before the answer"
+
+
 async def test_the_engine_says_what_it_is_doing(folder):
     engine = {"max_running": 1, "max_waiting": 5}
     async with endpoint(folder, step_s=0.01, engine=engine) as (client, fake):
@@ -103,6 +150,7 @@ async def test_the_engine_says_what_it_is_doing(folder):
         of_engine = (("engine", "default"),)
         assert found["num_requests_running", of_engine] == 1
         assert found["num_requests_waiting", of_engine] == 2
+        assert found["num_requests_held", of_engine] == 1
         assert found["queued_prefill_tokens", of_engine] == 60
         token_bytes = 2 * 4 * 2 * 16 * 6  # K and V, float32, heads, head size, layers
         assert 30 * token_bytes < found["kv_cache_bytes", of_engine] < 130 * token_bytes
@@ -111,8 +159,20 @@ async def test_the_engine_says_what_it_is_doing(folder):
         await asyncio.gather(*sent, return_exceptions=True)
         await asyncio.sleep(0.1)
         found = await scrape(client)
-        assert {found[name, of_engine] for name in ("num_requests_running", "kv_cache_bytes")} == {0}
+        names = ("num_requests_running", "num_requests_held", "kv_cache_bytes")
+        assert {found[name, of_engine] for name in names} == {0}
         await fake.shutdown()
+
+
+@pytest.mark.parametrize("bug", [True, False])
+async def test_only_a_bug_that_hides_an_engine_is_logged(folder, monkeypatch, caplog, bug):
+    async def stats():
+        raise ZeroDivisionError if bug else EngineError("unavailable", "its ranks start again")
+
+    async with endpoint(folder) as (client, engine):
+        monkeypatch.setattr(engine, "stats", stats)
+        assert not [name for name, labels in await scrape(client) if dict(labels).get("engine")]
+    assert ("engine default has no stats: ZeroDivisionError()" in caplog.text) == bug
 
 
 async def test_an_engine_that_does_not_answer_has_no_gauges(folder, monkeypatch):

@@ -18,7 +18,7 @@ from tests.cluster.conftest import KEY
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 # What an endpoint without requests has none of.
 IN_USE = (
-    *("num_requests_running", "num_requests_waiting", "queued_prefill_tokens"),
+    *("num_requests_running", "num_requests_waiting", "num_requests_held", "queued_prefill_tokens"),
     *("kv_cache_bytes", "kv_reserved_bytes"),
 )
 

@@ -65,7 +65,7 @@ def tab(tmp_path) -> Iterator[Tab]:
 def give_key(tab: Tab) -> None:
     """What a reader does who is asked for a key; nothing but its absence has gone wrong until then."""
     tab.wait("document.querySelector('#key-label:not([hidden])') !== null")
-    assert "Authorization header must be 'Bearer KEY'" in tab.text()
+    tab.wait("document.body.innerText.includes(\"Authorization header must be 'Bearer KEY'\")")
     assert all("401" in fault for fault in tab.faults)
     tab.faults.clear()
     tab.value(f"$('key').value = '{KEY}'; $('key').dispatchEvent(new Event('change'))")
@@ -137,4 +137,6 @@ class TestInABrowser:
         assert re.search(r"Layer \d+: 100 % of the tokens here ran attention", tab.text())
         assert tab.value("document.querySelector('#spts q').textContent") in asked
         tab.picture(PICTURES / "page-place.png")
+        assert tab.value("places(' Fox', 'a fox '.repeat(4))") == [2 / 24, 8 / 24, 14 / 24, 20 / 24]
+        assert tab.value("places('fox', 'fox '.repeat(1e6))") == [], "everywhere is nowhere, and found soon"
         assert tab.faults == []

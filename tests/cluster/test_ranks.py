@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,6 +212,10 @@ async def test_fifty_prompts_sent_at_once_are_answered_as_the_library_answers_ea
     assert sum(result.reused_tokens > 0 for result in results) > 5
     stats = await ranks.engine.stats()
     assert (stats.running, stats.waiting, stats.kv_bytes, stats.reserved_bytes) == (0, 0, 0, 0)
+    async with asyncio.timeout(10):  # until the ranks have heard of the last one's end
+        while (await ranks.engine.stats()).held_requests:
+            await asyncio.sleep(0.01)
+    assert (await ranks.engine.stats()).held_documents == len(ranks.engine._scheduler._documents._kept)
 
 
 @in_module_loop
@@ -243,7 +248,11 @@ async def test_ranks_choose_the_same_tokens_on_a_prefix_as_without(ranks, whole,
 
 
 @in_module_loop
-async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole):
+async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole, monkeypatch):
+    """By the ranks too, whatever the engine believes of their proxies."""
+    info = await ranks.engine.info()
+    assert info.first_proxy_layer == 2
+    monkeypatch.setattr(ranks.engine, "_info", replace(info, first_proxy_layer=0))
     early = Schedule(num_layers=NUM_LAYERS, first_skip_layer=1, stages=SCHEDULE.stages)
     token_ids = prompt(90, seed=6)
     good = asyncio.create_task(ranks.engine.run(request("good", token_ids, METHODS[1], 30)))

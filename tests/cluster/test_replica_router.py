@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import subprocess
@@ -98,6 +99,9 @@ class Stream:
         self.cancelled = True
 
 
+HANGS = object()
+
+
 class Handle:
     """Serve's handle to a deployment, with given answers."""
 
@@ -119,9 +123,22 @@ class Handle:
             raise self._broadcast
         return self
 
-    async def results_async(self, *, return_exceptions):
-        assert return_exceptions
-        return list(self._broadcast)
+    async def _fetch_replica_results_async(self):
+        return [Reply(answer) for answer in self._broadcast]
+
+
+class Reply:
+    """What Serve has of one replica's answer; HANGS never comes."""
+
+    def __init__(self, answer) -> None:
+        self._answer = answer
+
+    async def get_async(self):
+        if self._answer is HANGS:
+            await asyncio.Event().wait()
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
 
 
 FIRST = Chunk(request_id="r", token_ids=(1,))
@@ -137,6 +154,16 @@ async def test_a_prompt_counts_until_its_first_token():
     assert chunks == [FIRST, FIRST]
     assert handle.stream.cancelled
     assert handle.stream.placed.request.request_id.partition("-")[0] == balance.router_id
+
+
+async def test_a_second_try_has_an_id_of_its_own():
+    handle = Handle([FIRST])
+    engine = ServeEngine(handle, Balance(affinity_tokens=0))
+    names = set()
+    for _ in range(2):
+        await anext(engine.generate(request()))
+        names.add(handle.stream.placed.request.request_id)
+    assert len(names) == 2
 
 
 async def test_a_client_that_leaves_takes_its_prompt_with_it():
@@ -178,3 +205,18 @@ async def test_ready_is_any_stats_are_those_that_answer():
         with pytest.raises(EngineError) as raised:
             await ServeEngine(Handle(broadcast=nothing), balance).stats()
         assert raised.value.kind == "unavailable"
+
+
+async def test_a_replica_that_hangs_hides_no_other(monkeypatch, caplog):
+    balance = Balance(affinity_tokens=0)
+    stats = EngineStats(running=1, waiting=0, kv_bytes=0, kv_bytes_limit=None, queued_prefill_tokens=5)
+    async with asyncio.timeout(60):  # a replica that hangs may take longer: nobody waits for it
+        monkeypatch.setattr("cluster.replicas.REPLY_S", 600)
+        assert await ServeEngine(Handle(broadcast=[HANGS, GONE, True]), balance).ready()
+        monkeypatch.setattr("cluster.replicas.REPLY_S", 0.05)
+        assert not await ServeEngine(Handle(broadcast=[HANGS, False]), balance).ready()
+        assert await ServeEngine(Handle(broadcast=[HANGS, stats]), balance).stats() == stats
+    assert "a replica did not answer stats: TimeoutError()" in caplog.text
+    caplog.clear()
+    assert await ServeEngine(Handle(broadcast=[RESTARTING, GONE, stats]), balance).stats() == stats
+    assert caplog.text == "", "that is no fault of the code"

@@ -136,6 +136,17 @@ def test_choices_of_one_request_are_answered_each(served):
     assert [choice["index"] for choice in answer.json()["choices"]] == [*range(6)]
 
 
+def test_a_replica_that_hangs_hides_no_other(served):
+    victim = served.replicas()[0]["pid"]
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        time.sleep(1.5)  # what /ready said before is too old by then
+        assert is_ready(served.url)
+        assert served.queued() == 0
+    finally:
+        os.kill(victim, signal.SIGCONT)
+
+
 def test_a_replica_that_dies_loses_only_what_had_begun(served):
     ask = {"max_tokens": 4000, "ignore_eos": True, "stream": True}
     document = served.prompt(1000)

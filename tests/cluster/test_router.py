@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import threading
+from unittest.mock import MagicMock
 
 import httpx
 import openai
@@ -17,7 +20,8 @@ from tests.cluster.tiny import SCHEDULE, write_tokenizer
 from tests.fakes import EOS, SHAPE, FakeEngine
 
 
-async def test_health_ready_and_models(folder):
+async def test_health_ready_and_models(folder, monkeypatch):
+    monkeypatch.setattr("cluster.dispatch.READY_AGE_S", 0)
     async with endpoint(folder) as (client, engine):
         assert (await client.get("health")).json() == {"status": "ok"}
         assert (await client.get("ready")).json() == {"ready": True, "engines": {"default": True}}
@@ -28,6 +32,60 @@ async def test_health_ready_and_models(folder):
         await engine.shutdown()
         assert (await client.get("health")).status_code == 200
         assert (await client.get("ready")).status_code == 503
+
+
+async def test_many_that_ask_at_once_whether_it_is_ready_ask_the_engine_once(folder, monkeypatch):
+    async with endpoint(folder) as (client, engine):
+        ready = engine.ready
+        asked: list[None] = []
+
+        def counted():
+            asked.append(None)
+            return ready()
+
+        monkeypatch.setattr(engine, "ready", counted)
+        for answer in await asyncio.gather(*(client.get("ready") for _ in range(20))):
+            assert answer.json() == {"ready": True, "engines": {"default": True}}
+        assert len(asked) == 1
+        monkeypatch.setattr("cluster.dispatch.READY_AGE_S", 0)
+        await client.get("ready")
+        assert len(asked) == 2
+
+
+async def test_what_takes_long_to_read_is_read_beside_the_event_loop(folder, monkeypatch):
+    threads: dict[str, set[int]] = {}
+
+    def noting(module, name):
+        function = getattr(importlib.import_module(module), name)
+
+        def noted(*args):
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return function(*args)
+
+        monkeypatch.setattr(f"{module}.{name}", noted)
+
+    noting("cluster.router", "parse_body")
+    noting("cluster.dispatch", "check_request")
+    own = {threading.get_ident()}
+    async with endpoint(folder, engine={"max_model_len": 2**17}) as (client, _):
+        assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
+        assert threads == {"parse_body": own, "check_request": own}
+        threads.clear()
+        answer = await client.post(COMPLETIONS, json=completion(prompt="x" * (2**21 + 1)))
+        assert answer.status_code == 413
+        assert threads["parse_body"].isdisjoint(own)
+        answer = await client.post(COMPLETIONS, json=completion(prompt=[7] * 2**16 + [298]))
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "prompt")
+        assert threads["check_request"].isdisjoint(own)
+
+
+async def test_too_many_prompts_are_refused_before_any_is_encoded(folder, monkeypatch):
+    async with endpoint(folder) as (client, _):
+        encode = MagicMock(return_value=(1,))
+        monkeypatch.setattr("cluster.tokenizer.TextTokenizer.encode", encode)
+        answer = await client.post(COMPLETIONS, json=completion(prompt=["word"] * 65))
+        assert (answer.status_code, encode.call_count) == (400, 0)
+        assert "prompts x n must be from 1 to 64, got 65 x 1" in error_of(answer)["message"]
 
 
 async def test_a_model_by_its_hub_id_is_served_without_its_weights_here(tmp_path, monkeypatch):
@@ -89,13 +147,17 @@ async def test_16_tokens_by_default_as_in_the_openai_api(folder):
     assert answer["usage"]["completion_tokens"] == 16
 
 
-async def test_a_chat_fills_the_context_by_default(folder, tokenizer):
+async def test_a_chat_has_room_for_the_configured_answer_or_the_rest_of_the_context(folder):
     body = chat(messages=[{"role": "user", "content": "fox " * 60}])
     del body["max_tokens"]
-    async with endpoint(folder) as (client, _):
-        answer = (await client.post(CHAT, json=body)).json()
-    assert answer["usage"]["total_tokens"] == 512
-    assert answer["choices"][0]["finish_reason"] == "length"
+    for configured, total in ({"default_max_tokens": 5}, None), ({}, 512):
+        async with endpoint(folder, **configured) as (client, engine):
+            answer = (await client.post(CHAT, json=body)).json()
+            [sent] = [step.start for step in engine.group.steps if step.start is not None][1:]
+        usage = answer["usage"]
+        assert sent.max_new_tokens == usage["completion_tokens"]
+        assert usage["total_tokens"] == (total or usage["prompt_tokens"] + 5)
+        assert answer["choices"][0]["finish_reason"] == "length"
 
 
 async def test_the_pool_follows_the_exact_number_of_prompt_tokens(folder):
@@ -285,6 +347,8 @@ async def test_a_rank_that_dies_in_a_stream_is_an_error_in_the_stream_never_a_st
         assert last["error"]["code"] == "unavailable"
         assert "[DONE]" not in chunks
         assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+        while not await engine.ready():
+            await asyncio.sleep(0.001)
         assert (await client.post(COMPLETIONS, json=completion())).status_code == 200
 
 

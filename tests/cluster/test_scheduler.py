@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from statistics import median
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cluster.config import EngineConfig
 from cluster.documents import Documents
 from cluster.protocol import EngineError
 from cluster.scheduler import Demand, Plan, Scheduler, Start
+from spts.cost import reused_flops
 from tests.fakes import SHAPE
 
 
@@ -69,6 +73,51 @@ def test_a_short_prompt_starts_beside_a_long_one_and_they_take_turns():
     assert s.schedule() == Plan(advance="long", decode=("short",))
     s.prefilled("long")
     assert s.schedule() == Plan(start=start("longer"), advance="longer", decode=("short", "long"))
+
+
+def waits(max_running: int, *, streams: int = 64, answer_tokens: int = 32, steps: int = 3000) -> list[float]:
+    """Median steps to the first token of prompts of 1, 2 and 16 slices, while `streams` clients each send the
+    next request as soon as they have their answer."""
+    s = scheduler(max_running=max_running, max_waiting=streams)
+    slices: dict[str, int] = {}
+    sent: dict[str, int] = {}
+    answered: dict[str, int] = {}
+    waited: dict[int, list[int]] = {1: [], 2: [], 16: []}
+    draw = random.Random(0)
+
+    def send(at: int) -> None:
+        name = str(len(slices))
+        slices[name], sent[name] = draw.choices((1, 2, 16), (0.5, 0.3, 0.2))[0], at
+        s.admit(demand(name, flops=50 * slices[name]))
+
+    for _ in range(streams):
+        send(0)
+    left = dict(slices)
+    for step in range(steps):
+        plan = s.schedule()
+        assert plan is not None
+        for name in plan.decode:
+            answered[name] += 1
+            if answered[name] == answer_tokens:
+                s.release(name)
+                send(step)
+        if plan.advance is not None:
+            name = plan.advance
+            left[name] = left.get(name, slices[name]) - 1
+            if left[name] == 0:
+                s.prefilled(name)
+                answered[name] = 1
+                waited[slices[name]].append(step - sent[name])
+    return [median(each) for each in waited.values()]
+
+
+def test_under_a_constant_load_places_for_the_usual_number_let_short_prompts_overtake():
+    """With few, even a prompt of one slice waits for the end of others' answers; with enough, for one prefill
+    beside it at most."""
+    few, usual = waits(8), waits(EngineConfig(model="any").max_running)
+    assert few[0] > 100
+    assert usual[0] <= 2
+    assert usual[1] <= 6
 
 
 def test_nothing_starts_beside_a_prefill_that_has_less_to_do():
@@ -197,6 +246,40 @@ def test_a_given_prefix_is_reused_and_kept_as_it_is_or_not_at_all():
     assert answered(s, asks("d", 500, prefix_tokens=4)).reuse == (1, 4)
     assert answered(s, asks("e", 500, prefix_tokens=6)) == Start(request_id="e", keep=(2, 6))
     assert answered(s, asks("f", 500)).reuse is None, "too short to be worth it"
+
+
+def test_of_a_prompt_without_room_the_first_tokens_are_kept():
+    s = scheduler(document_bytes=150)
+    long = (*TEXT, *range(1000, 1100))
+    asked = [demand(name, token_ids=(*long, 7, 8), depth=2, document_bytes=1) for name in "abc"]
+    assert answered(s, asked[0]) == Start(request_id="a", keep=(1, 150))
+    assert answered(s, asked[1]) == Start(request_id="b", reuse=(1, 150))
+    assert s.document_bytes == 150
+    tiny = scheduler(document_bytes=63)
+    assert answered(tiny, asked[2]) == Start(request_id="c"), "so few are not worth it"
+
+
+def test_a_question_on_a_known_document_counts_as_what_is_left_of_it():
+    """It passes a prompt that costs less than its document, and nobody is told to wait for the document."""
+    s = scheduler(document_bytes=500)
+    flops = 3 * reused_flops(SHAPE, 100, 2)
+    answered(s, asks("a", 500, flops=flops))
+    s.admit(demand("long", flops=flops // 2))
+    s.schedule()
+    before = s.queued_flops
+    s.admit(asks("question", 600, flops=flops // 3 + 10))
+    assert s.queued_flops - before == 10
+    assert s.schedule() == Plan(start=Start(request_id="question", reuse=(1, 100)), advance="question")
+
+
+def test_a_question_whose_document_is_gone_counts_in_full_again():
+    s = scheduler(document_bytes=500)
+    flops = reused_flops(SHAPE, 100, 2) + 10
+    answered(s, asks("a", 500))
+    s.admit(asks("question", 600, flops=flops))
+    assert s.queued_flops == 10
+    s._documents.shrink(0)
+    assert s.queued_flops == flops
 
 
 def test_documents_go_when_requests_need_their_room():
@@ -369,6 +452,8 @@ class Life(RuleBasedStateMachine):
         assert self.s.reserved_bytes == reserved
         assert reserved + self.s.document_bytes <= self.limit
         assert self.s.document_bytes <= self.documents.max_bytes
+        kept = self.documents._kept.values()
+        assert self.documents.free_bytes == sum(each.num_bytes for each in kept if not each.users)
         assert self.s.num_running <= self.max_running
         assert self.s.num_running + self.s.num_waiting == len(self.alive)
 

@@ -112,12 +112,58 @@ def test_every_rank_keeps_what_it_is_told_to_keep(model, rank):
     assert {name: each.num_tokens for name, each in stepper._documents.items()} == {3: 70}
 
 
+def test_a_rank_says_what_it_holds(model):
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+
+    def held(**step: Any) -> tuple[int, int]:
+        output = stepper.step(Step(**step))
+        assert output is not None
+        return output.held_requests, output.held_documents
+
+    assert held(start=request(prompt(80), Dense(), 9), keep=(3, 70), advance=("a", 10**6)) == (1, 0)
+    assert held(advance=("a", None)) == (1, 1)
+    assert held(start=request(prompt(80), SPTS, name="b"), advance=("b", 10**6)) == (2, 1)
+    assert held(release=("a",)) == (1, 1)
+    assert held(release=("b",), forget=(3,)) == (0, 0)
+
+
 def test_a_prefill_that_is_released_halfway_leaves_nothing(model):
     stepper = Stepper(model, EngineConfig(model="tiny"), 0)
     stepper.step(Step(start=request(prompt(80), SPTS), keep=(3, 60), advance=("a", 10**6)))
     stepper.step(Step(release=("a",)))
     assert stepper._documents == {}
     assert stepper._prefills == {}
+
+
+@pytest.mark.parametrize("where", ["start_prefill", "advance"])
+def test_a_prefill_without_memory_ends_its_own_request_only(model, monkeypatch, where):
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+    stepper.step(Step(start=request(prompt(40), Dense(), 9, name="good"), advance=("good", None)))
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(set(stepper._prefills)))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room for 1 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, where, full)
+        sent = request(prompt(80), SPTS, name="bad")
+        output = stepper.step(Step(start=sent, advance=("bad", None), keep=(3, 70), decode=(("good", 5),)))
+    assert output is not None
+    assert [(request_id, error.kind) for request_id, error in output.refused] == [("bad", "overloaded")]
+    assert [token.request_id for token in output.tokens] == ["good"]
+    assert (output.held_requests, output.held_documents, emptied) == (1, 0, [set()])
+    assert stepper.step(Step(start=sent, advance=("bad", None))).tokens  # type: ignore[union-attr]
+
+
+def test_ranks_that_cannot_agree_on_what_to_drop_start_again(model, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room for 1 GiB")
+
+    monkeypatch.setattr(model, "advance", full)
+    stepper = Stepper(model, EngineConfig(model="tiny", tensor_parallel_size=2), 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        stepper.step(Step(start=request(prompt(80), SPTS), advance=("a", None)))
 
 
 def test_logits_that_are_not_finite_end_their_own_request_only(model):

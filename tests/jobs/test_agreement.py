@@ -185,3 +185,9 @@ def test_a_faulty_text_is_named(tmp_path):
             read(task_over(tmp_path / "empty"))
     with pytest.raises(ConfigError, match=r"more than 20 \+ 4 tokens, got at most 9 in short\.txt"):
         draw(task_over(short), Characters())
+
+
+def test_a_text_that_is_given_twice_is_refused(tmp_path):
+    (tmp_path / "one.txt").write_text("A line.\n" * 500)
+    with pytest.raises(ConfigError, match=r"texts must hold each text once, got one\.txt and one\.txt alike"):
+        get_task({"name": "agreement", "texts": [str(tmp_path), str(tmp_path / "one.txt")]}).content()

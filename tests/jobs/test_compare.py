@@ -70,7 +70,7 @@ def test_other_answers_are_counted_shown_and_scored(before, after):
     change_rows(after, spoil)
     first, second = load(before), load(after)
     found = compare(first, second)
-    assert found.reasons == ("10 of 80 samples in both have different answers",)
+    assert found.reasons == ("10 of 80 samples in both have different answers, references or scores",)
     assert len(found.differing) == changed["spts"] == 10
     spts = next(pair for pair in found.methods if pair.name == "spts")
     scores = [
@@ -125,6 +125,15 @@ def test_other_prompts_under_the_same_name_are_no_shared_samples(before, after):
     found = compare(load(before), load(after))
     assert found.reasons == ("4 samples of the same name have different prompts",)
     assert found.shared == 76
+
+
+def test_the_same_tokens_with_other_references_or_text_are_not_equal(before, after):
+    change_plan(after, sample=lambda one: replace(one, references=("granite",)))
+    assert not compare(load(before), load(after)).equal
+    shutil.copytree(before, after, dirs_exist_ok=True)
+    assert compare(load(before), load(after)).equal
+    change_rows(after, lambda row: {**row, "text": "granite"})
+    assert not compare(load(before), load(after)).equal
 
 
 def test_versions_of_a_task_do_not_mix(before, after, monkeypatch, capsys):

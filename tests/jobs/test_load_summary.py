@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.load.record import Moment, Record, Run
+from jobs.load.report import warnings
 from jobs.load.settings import Settings
 from jobs.load.summary import merged, overlaps, spread, summarise
 
@@ -106,18 +107,35 @@ def test_short_prompts_while_a_long_one_waits():
 def test_growth_of_memory_is_from_the_second_third_to_the_last():
     sizes = [50, 80, 100, 100, 103, 100, 101, 99, 110]
     moments = tuple(
-        Moment(at_s=float(i), memory={"a": size, "b": 1}, gauges={"kv_cache_bytes": 9.0 - i})
+        Moment(
+            at_s=float(i),
+            memory={"a": size, "b": 1},
+            gauges={"kv_document_bytes": 10.0 * i} if i != 4 else {},
+        )
         for i, size in enumerate(sizes)
     )
     summary = summarise(run(record(), moments=moments))
     memory: Any = summary.memory
     assert (memory.first, memory.most, memory.last, memory.growth) == (51, 111, 111, 1)
-    assert summary.kv_left_bytes == 1.0
+    # Of eight, as one has no gauges: 101 − 50 and 102 − 60 in the second third, 30 and 31 in the last.
+    assert memory.growth_less_documents == round(30.5 - 46.5)
+    assert (summary.kv_left_bytes, summary.held) == (None, None)
+    assert summary.clean
+
+
+@pytest.mark.parametrize("gauge", ["kv_reserved_bytes", "num_requests_held"])
+def test_a_server_that_has_memory_of_requests_afterwards_is_not_clean(gauge):
+    usual = {"kv_cache_bytes": 0.0, "kv_reserved_bytes": 0.0, "num_requests_held": 0.0}
+    busy = Moment(at_s=0.0, gauges=dict.fromkeys(usual, 5.0))
+    assert summarise(run(record(), moments=(busy, Moment(at_s=1.0, gauges=usual)))).clean
+    left = summarise(run(record(), moments=(busy, Moment(at_s=1.0, gauges=usual | {gauge: 1.0}))))
+    assert not left.clean
+    assert any("a leak" in warning for warning in warnings(run(), left))
 
 
 def test_a_run_in_which_nothing_was_answered_has_a_summary():
     summary = summarise(run(record(outcome="refused", times_s=(), late_s=2.0)))
-    assert summary.clean
+    assert not summary.clean
     assert (summary.total.count, summary.total.ttft, summary.lines, summary.late) == (0, None, (), 1)
     assert summary.while_long is not None and summary.while_long.ttft is None
     assert summary.memory is None

@@ -225,6 +225,17 @@ def test_the_first_schemas_plan_is_known(tmp_path):
             reader(tmp_path)
 
 
+@pytest.mark.parametrize("kept", [slice(0, 1), slice(0, -1), slice(0, -2), [0, 1, 1, -1]])
+def test_a_plan_that_is_not_whole_is_refused(tmp_path, kept):
+    """A report over a part of the samples would look complete."""
+    write_results(tmp_path, lengths=(64,), count=2)
+    lines = (tmp_path / "plan.jsonl").read_text().splitlines(keepends=True)
+    left = lines[kept] if isinstance(kept, slice) else [lines[i] for i in kept]
+    (tmp_path / "plan.jsonl").write_text("".join(left))
+    with pytest.raises(ConfigError, match="must hold each sample once and end with their number, got"):
+        read_plan(tmp_path)
+
+
 def test_a_plan_that_was_not_finished_leaves_the_old_one(tmp_path):
     plan = write_results(tmp_path, lengths=(64,), count=1)
     with record.PlanWriter(tmp_path, name="new", cells=()) as writer:

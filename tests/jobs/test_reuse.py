@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import EngineConfig
-from jobs.reuse import QUESTION_TOKENS, measure
+from jobs.reuse import QUESTION_TOKENS, main, measure
 from spts.cost import ModelShape, ProxyShape, prefill_flops, reused_flops
 from spts.methods import Dense, Spts
 from spts.schedule import Schedule
@@ -24,6 +24,15 @@ def test_the_second_question_on_8192_tokens_of_the_demo_model_costs_a_tenth_of_t
     flops = prefill_flops(shape, SPTS.planned_work(shape.num_layers, 8192), proxy).total
     left = flops - reused_flops(shape, 8192 - QUESTION_TOKENS, SPTS.schedule.first_skip_layer)
     assert left / flops == pytest.approx(0.100, abs=0.001)
+
+
+@pytest.mark.parametrize(("same", "status"), [(True, 0), (False, 1)])
+def test_answers_that_differ_are_a_failure(monkeypatch, capsys, same, status):
+    times = {"first_s": 2.0, "second_s": 1.0, "measured": 0.5, "predicted": 0.5}
+    rows = [{"method": name, "same": same or name == "dense", **times} for name in ("spts", "dense")]
+    monkeypatch.setattr("jobs.reuse.measure", lambda *_: rows)
+    assert main([]) == status
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == rows
 
 
 @pytest.mark.slow

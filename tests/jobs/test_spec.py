@@ -31,6 +31,7 @@ FAULTS = [
     ({"colour": "red"}, "colour must be one of name, model, .*, got an unknown key; remove it"),
     ({"model": None}, "model must .*, got None"),
     ({"tasks": ["single", "juggling"]}, "tasks.1: task must be one of .*multikey.*, got 'juggling'"),
+    ({"tasks": [{"name": "grid", "label": "all"}]}, "tasks.0 .grid. must not be called 'all'"),
     ({"tasks": ["single", "single"]}, "tasks must list each value once, got 'single' twice"),
     ({"lengths": []}, r"lengths must list at least one value, got \[\]"),
     ({"lengths": [340, 0]}, "lengths.1 must be greater than or equal to 1, got 0"),
