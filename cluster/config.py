@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Hashable, Mapping
@@ -400,7 +401,7 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> s
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
         return f"{key}: {message}" if key else message
-    rule = fault["msg"].replace("Input should be ", "be ").replace("Input should have ", "have ")
+    rule = re.sub(r"^\w+ should ", "", fault["msg"])  # "Input should be …", "String should have …"
     return f"{key} must {rule[0].lower()}{rule[1:]}, got {brief(fault['input'])}; correct it"
 
 

@@ -338,20 +338,21 @@ def read_plan(folder: Path) -> Plan:
             f"results must be a folder of jobs.sweep, got {folder} without {_PLAN}; run the sweep first",
             field="results",
         )
-    first, *lines = read_lines(path)
+    head_line, *lines = read_lines(path)
+    head = shapes.check(shapes.PlanHead, head_line, f"{path}:1", more=True)
+    cells = {cell.id: cell for cell in _cells(head["cells"], f"{path}:1")}
     end = lines.pop() if lines else {}
-    if end != {_NUM_SAMPLES: len(lines)} or len({str(line.get("key")) for line in lines}) < len(lines):
+    samples = tuple(_sample(line, cells, f"{path}:{number}") for number, line in enumerate(lines, 2))
+    if end != {_NUM_SAMPLES: len(lines)} or len({sample.key for sample in samples}) < len(samples):
         raise ConfigError(
             f"{path} must hold each sample once and end with their number, got {len(lines)} samples and the "
             f"end {str(end)[:60]}; restore the file, or run the sweep again (answers that are there stay)",
             field="results",
         )
-    head = shapes.check(shapes.PlanHead, first, f"{path}:1", more=True)
-    cells = {cell.id: cell for cell in _cells(head["cells"], f"{path}:1")}
     return Plan(
         name=head["name"],
         cells=tuple(cells.values()),
-        samples=tuple(_sample(line, cells, f"{path}:{number}") for number, line in enumerate(lines, 2)),
+        samples=samples,
     )
 
 
