@@ -45,8 +45,8 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[dict[str, str]]:
     Args:
         num_cpus: CPUs that Ray may hand out; None = the machine's, at least 2 (one engine and its driver).
     Yields:
-        a copy of `os.environ` with `RAY_ADDRESS`, `RAY_API_SERVER_ADDRESS` and a fresh token, and with this
-        interpreter's folder first in `PATH`.
+        a copy of `os.environ` with `RAY_ADDRESS`, `RAY_API_SERVER_ADDRESS`, a token (the environment's own,
+        as a process can hold but one; else a fresh one), and with this interpreter's folder first in `PATH`.
     Raises:
         RuntimeError: the head did not come up; the message ends with the last lines of its log.
     """
@@ -57,7 +57,7 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[dict[str, str]]:
         PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         PYTHONUNBUFFERED="1",
         RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         RAY_USAGE_STATS_ENABLED="0",
         # Ray turns 127.0.0.1 into an outside address unless this is off; it acts on Linux too.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
