@@ -40,7 +40,7 @@ _MEASURED = ("ttft", "tpot", "total", "e2e", "speedup", "decode", "queue", "memo
 SHARED = {
     "name": "grid",
     "label": "shared",
-    "depths": 4,
+    "depths": [0, 100],
     "questions": [
         {"needle": f"The code of {key} is {answer}.", "question": f"What is the code of {key}?",
          "answers": [answer]}
