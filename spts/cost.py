@@ -1,4 +1,4 @@
-"""What a prefill costs: FLOP, KV bytes and collective bytes, counted from what each layer did.
+"""What a prefill costs: FLOP and KV bytes, counted from what each layer did.
 
 `LayerWork` says what happened in one layer. `planned_work` predicts it from a schedule before the prompt runs
 (budgets are counts, so the prediction is exact), `spts.layer` reports it, and every cost here is counted from
@@ -20,9 +20,6 @@ from math import isqrt
 
 from spts.errors import config_error, require_int
 from spts.schedule import Schedule
-
-_SCORE_BYTES = 4  # scores are float32
-_INDEX_BYTES = 8  # selected indices are int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +204,7 @@ def prefill_flops(shape: ModelShape, work: Sequence[LayerWork], proxy: ProxyShap
 
     Raises ConfigError when `work` has not one entry per layer, or says that a proxy ran and `proxy` is None.
     """
-    _check_depth(shape, work)
+    check_depth(shape, work)
     if proxy is None and any(layer.proxied for layer in work):
         raise config_error(
             "proxy", "be given when a layer ran its proxy", "None", "pass the proxies' ProxyShape"
@@ -310,7 +307,7 @@ def kv_tokens(work: Sequence[LayerWork]) -> int:
 
 def kv_bytes(shape: ModelShape, work: Sequence[LayerWork], dtype_bytes: int) -> int:
     """Bytes of keys and values after the prefill, over all layers and ranks. dtype_bytes: of one element."""
-    _check_depth(shape, work)
+    check_depth(shape, work)
     return kv_tokens(work) * 2 * shape.num_kv_heads * shape.head_dim * dtype_bytes
 
 
@@ -319,51 +316,8 @@ def dense_kv_bytes(shape: ModelShape, num_tokens: int, dtype_bytes: int) -> int:
     return kv_bytes(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens), dtype_bytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectiveBytes:
-    """Bytes that a rank hands to collectives in a prefill (payload; what crosses a link depends on the
-    algorithm).
-
-    hidden: all-reduce of the outputs of attention and FFN, two per layer, as in any tensor-parallel model.
-    scores: all-reduce of float32 scores, one for every probe and every proxy. selection: broadcast of int64
-    indices, one for every choice of tokens. The last two are what token skipping adds.
-    """
-
-    hidden: int
-    scores: int
-    selection: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of all collectives."""
-        return self.hidden + self.scores + self.selection
-
-
-def collective_bytes(
-    shape: ModelShape, work: Sequence[LayerWork], *, dtype_bytes: int, world_size: int
-) -> CollectiveBytes:
-    """What each of `world_size` ranks hands to collectives in the layers; nothing when there is one rank.
-
-    A cut is read off the next layer's candidates, so one after the last layer is not counted.
-    """
-    _check_depth(shape, work)
-    require_int("world_size", world_size, minimum=1)
-    if world_size == 1:
-        return CollectiveBytes(hidden=0, scores=0, selection=0)
-    selected = 0
-    for layer, after in zip(work, [*work[1:], work[-1]], strict=True):
-        for chosen in (layer.attention_tokens, layer.ffn_tokens, after.candidates):
-            selected += chosen if chosen < layer.candidates else 0
-    return CollectiveBytes(
-        hidden=sum(layer.attention_tokens + layer.ffn_tokens for layer in work)
-        * shape.hidden_size
-        * dtype_bytes,
-        scores=sum((layer.probed + layer.proxied) * layer.candidates for layer in work) * _SCORE_BYTES,
-        selection=selected * _INDEX_BYTES,
-    )
-
-
-def _check_depth(shape: ModelShape, work: Sequence[LayerWork]) -> None:
+def check_depth(shape: ModelShape, work: Sequence[LayerWork]) -> None:
+    """Raises ConfigError unless `work` has one entry for each of the model's layers."""
     if len(work) != shape.num_layers:
         raise config_error(
             "work",

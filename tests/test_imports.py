@@ -22,6 +22,7 @@ PURE = (
     "spts.schedule",
     "spts.cost",
     "spts.memory",
+    "spts.traffic",
     "spts.methods",
     "spts.sampling",
 )  # no torch when imported
@@ -39,7 +40,7 @@ class Rule:
 
 RULES = [
     Rule(
-        modules=("spts.errors", "spts.schedule", "spts.cost", "spts.memory"),
+        modules=("spts.errors", "spts.schedule", "spts.cost", "spts.memory", "spts.traffic"),
         never=("torch", "cluster", "jobs", "spts.model", "spts.layer", "spts.kernels"),
         only=(),
     ),

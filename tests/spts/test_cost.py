@@ -12,7 +12,6 @@ from spts.cost import (
     LayerWork,
     ModelShape,
     ProxyShape,
-    collective_bytes,
     dense_flops,
     dense_kv_bytes,
     kv_bytes,
@@ -23,6 +22,7 @@ from spts.cost import (
 )
 from spts.errors import ConfigError
 from spts.schedule import Schedule, Stage
+from spts.traffic import collective_bytes
 
 LLAMA = ModelShape(
     num_layers=32,
