@@ -48,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
         "--schedule", default="llama-3.1-8b", help="preset, scaled to the model, or a YAML file"
     )
     args.add_argument("--published", action="store_true", help="a preset's own budgets at every length")
+    args.add_argument(
+        "--density", type=float, nargs="+", default=[],
+        help="spts also with sparse attention before its first skipping layer: shares of blocks to read",
+    )  # fmt: skip
     args.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one to warm up")
     args.add_argument("--tokens-out", type=int, default=16, help="tokens per answer, the first included")
     args.add_argument("--dtype", default="float32", choices=tuple(DTYPE_BYTES))
@@ -92,6 +96,7 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
             proxy=arena.proxy,
             dtype_bytes=DTYPE_BYTES[args.dtype],
             published=args.published,
+            densities=args.density,
         )
         for length in args.lengths
     ]
@@ -161,7 +166,8 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
     prompt, follow = _prompt(args, arena, case)
     contestants = [arena.enter(name, method) for name, method in case.methods.items()]
     contestants += arena.rivals
-    total = len(contestants) * (args.repeats + 1) + 1
+    is_sparse = any(share < 1 for share in case.pairs_share.values())
+    total = len(contestants) * (args.repeats + 1) + 1 + is_sparse
     with tqdm(desc=f"{case.length} tokens", unit="run", total=total) as bar:
         warm = {}
         for each in contestants:
@@ -171,6 +177,10 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
         bar.update()
         faults = work_faults(case, warm, arena.shape)
         equal = {"spts with budgets that cover the prompt": full}
+        if is_sparse:
+            sparse = arena.enter("full, sparse", case.full(sparse=True)).run(prompt, follow)
+            equal["spts with sparse attention that reads everything"] = sparse
+            bar.update()
         equal |= {rival.name: warm[rival.name] for rival in arena.rivals}
         for name, run in equal.items():
             if problem := disagreement(run.answer, warm["dense"].answer, TOLERANCE[args.dtype]):

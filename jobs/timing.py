@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nextafter
 from statistics import median
 from typing import Any, Protocol
 
 from jobs.aligned import aligned
 from jobs.options import read_schedule
-from spts.cost import LayerWork, ModelShape, ProxyShape, kv_bytes, prefill_flops
+from spts.cost import LayerWork, ModelShape, ProxyShape, kv_bytes, pairs_share, prefill_flops
 from spts.errors import ConfigError
 from spts.methods import Dense, Method, Random, Recency, Spts
 from spts.schedule import Schedule
@@ -47,13 +48,16 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One prompt length: the methods to time there by name, dense first, and what each should cost."""
+    """One prompt length: the methods to time there by name, dense first, and what each should cost.
+
+    pairs_share: of the pairs of a query and a key in layers with sparse attention, what they read."""
 
     length: int
     schedule: Schedule
     methods: Mapping[str, Method]
     flops: Mapping[str, int]
     kv_bytes: Mapping[str, int]
+    pairs_share: Mapping[str, float]
 
     def predictions(self) -> list[str]:
         """A line for each method: FLOP, their ratio to dense, KV bytes."""
@@ -61,16 +65,22 @@ class Case:
         return [
             f"{name:<8} {flops:.3e} FLOP, {self.kv_bytes[name] / 2**20:.1f} MiB KV"
             + (f"; {dense / flops:.2f}x fewer FLOP than dense" if name != "dense" else "")
+            + (f"; reads {share:.1%} of the first layers' pairs" if share < 1 else "")
             for name, flops in self.flops.items()
+            for share in (self.pairs_share[name],)
         ]
 
-    def full(self) -> Spts:
-        """SPTS with budgets that cover the prompt: it has to equal dense."""
+    def full(self, *, sparse: bool = False) -> Spts:
+        """SPTS with budgets that cover the prompt: it has to equal dense. sparse: by way of sparse attention
+        that reads every key."""
         stages = tuple(
             replace(stage, active_tokens=self.length, keep_tokens=None) for stage in self.schedule.stages
         )
         # Nothing is left to choose, so no token needs to be kept; a prompt may have fewer than were to be.
-        return Spts(schedule=replace(self.schedule, stages=stages, recent_tokens=1))
+        density = nextafter(1.0, 0.0) if sparse else 1.0
+        return Spts(
+            schedule=replace(self.schedule, stages=stages, recent_tokens=1, attention_density=density)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,8 @@ class Row:
     first_ttft_s: of the run before, which compiles what a length is the first to need. end_to_end: first
     token and all later ones. fastest dense: of this library's dense and its rivals the one with the lowest
     median. The ratios by processor time are what other programs on the machine disturb least.
+    attention_density: share of their pairs of a query and a key that layers with sparse attention read; 1.0
+    without any.
     """
 
     method: str
@@ -96,6 +108,7 @@ class Row:
     predicted_kv_bytes: int
     predicted_flop: int
     predicted_speedup_ratio: float
+    attention_density: float
     achieved_flop_per_s: float
     speedup_vs_dense_ratio: float
     speedup_vs_fastest_dense_ratio: float
@@ -130,8 +143,10 @@ def plan(
     proxy: ProxyShape | None,
     dtype_bytes: int,
     published: bool = False,
+    densities: Sequence[float] = (),
 ) -> Case:
     """The methods at one length and their cost. published: the budgets of a preset as they are, not scaled.
+    densities: for each of them "spts, density X" too, whose dense layers read that share of the blocks.
 
     "pap" and "pap+ltp" are the paper's steps towards its method: the first stage's budget in all deep layers
     and no cut, with every token in the FFN and then with the proxies' choice there.
@@ -156,6 +171,9 @@ def plan(
                 field="methods",
             )
     methods: dict[str, Method] = {"dense": Dense(), **{name: makers[name]() for name in names}}
+    for density in densities:
+        sparse = replace(wanted, attention_density=density)
+        methods[f"spts, density {density:g}"] = Spts(schedule=sparse)
     work = {name: method.planned_work(shape.num_layers, length) for name, method in methods.items()}
     return Case(
         length=length,
@@ -163,6 +181,7 @@ def plan(
         methods=methods,
         flops={name: prefill_flops(shape, done, proxy).total for name, done in work.items()},
         kv_bytes={name: kv_bytes(shape, done, dtype_bytes) for name, done in work.items()},
+        pairs_share={name: pairs_share(done) for name, done in work.items()},
     )
 
 
@@ -241,6 +260,7 @@ def _row(
         predicted_kv_bytes=case.kv_bytes[own],
         predicted_flop=case.flops[own],
         predicted_speedup_ratio=case.flops["dense"] / case.flops[own],
+        attention_density=case.pairs_share[own],
         achieved_flop_per_s=case.flops[own] / median(ttfts),
         speedup_vs_dense_ratio=speedup,
         speedup_vs_fastest_dense_ratio=speedup_fastest,

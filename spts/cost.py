@@ -5,8 +5,9 @@
 it: one set of formulas for all methods, predicted or measured.
 
 FLOP are those of matrix products, a multiply-add being 2: norms, RoPE, softmax, activations, gathers and
-sorts are left out. Causal attention over N tokens counts 2 * N^2 * H * d, half of the full square. Standard
-library only.
+sorts are left out. Causal attention over N tokens counts 2 * N^2 * H * d, half of the full square: of the
+pair of a query with its own key, half. Where it is sparse, the pairs that it reads are counted likewise; what
+it takes to choose them is left out. Standard library only.
 
 Legend: D hidden size, F FFN inner size, H query heads, Hk key/value heads, d head size, V vocabulary, C
 candidates.
@@ -14,11 +15,12 @@ candidates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isqrt
 
 from spts.errors import config_error, require_int
+from spts.kernels.blocks import BLOCK_TOKENS, pairs_read
 from spts.schedule import Schedule
 
 
@@ -105,7 +107,8 @@ class LayerWork:
 
     candidates: tokens alive when it started. attention_tokens, ffn_tokens: those that ran each block.
     probe_tokens: queries that PAP read, so K was projected for every candidate; 0 = it did not run. proxied:
-    the LTP proxy ran on every candidate.
+    the LTP proxy ran on every candidate. attention_density: share of the blocks of keys that its attention
+    was to read (`spts.kernels.blocks`), 1.0 = all.
     """
 
     candidates: int
@@ -113,6 +116,7 @@ class LayerWork:
     ffn_tokens: int
     probe_tokens: int
     proxied: bool
+    attention_density: float = 1.0
 
     @property
     def probed(self) -> bool:
@@ -150,6 +154,7 @@ def planned_work(
                 ffn_tokens=active if skips_ffn else candidates,
                 probe_tokens=min(probe, candidates) if skips or cuts else 0,
                 proxied=proxy and skips,
+                attention_density=schedule.density(layer),
             )
         )
         candidates = kept
@@ -232,7 +237,7 @@ def layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) ->
         key=kv_row * (work.candidates if work.probed else work.attention_tokens),
         value=kv_row * work.attention_tokens,
         output=q_row * work.attention_tokens,
-        attention=attended * work.attention_tokens**2,
+        attention=attended * _square(0, work.attention_tokens, work.attention_density),
         probe=q_row * work.probe_tokens + attended * probe_pairs,
         proxy=proxy_row * work.candidates,
         ffn=6 * shape.hidden_size * shape.intermediate_size * work.ffn_tokens,
@@ -244,7 +249,7 @@ def dense_flops(shape: ModelShape, num_tokens: int) -> Flops:
     return prefill_flops(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens))
 
 
-def rows_flops(shape: ModelShape, before: int, rows: int) -> int:
+def rows_flops(shape: ModelShape, before: int, rows: int, density: float = 1.0) -> int:
     """FLOP of `rows` tokens in one dense layer, when `before` tokens come before them.
 
     R rows pass the linear layers. They attend to what they and the P tokens before them see, 2 H d
@@ -252,17 +257,29 @@ def rows_flops(shape: ModelShape, before: int, rows: int) -> int:
 
         R * (4 D H d + 4 D Hk d + 6 D F) + 2 H d ((P + R)^2 - P^2)
 
-    Example: one token, alone in one layer of LLaMA-3.1-8B, 436 MFLOP.
+    density: of the layer's attention; below 1, P is a multiple of BLOCK_TOKENS, and twice the pairs that are
+    read take the place of the difference of squares. Example: one token, alone in one layer of LLaMA-3.1-8B,
+    436 MFLOP.
     """
     linear, attended = _row_costs(shape)
-    return rows * linear + attended * ((before + rows) ** 2 - before**2)
+    return rows * linear + attended * _square(before, rows, density)
 
 
-def rows_within(shape: ModelShape, before: int, flops: int) -> int:
-    """The most rows whose `rows_flops` are at most `flops`."""
+def rows_within(shape: ModelShape, before: int, most: int, flops: int, density: float = 1.0) -> int:
+    """The most rows, at most `most`, whose `rows_flops` are at most `flops`; below density 1 all of them, or
+    whole blocks of BLOCK_TOKENS."""
+    if density < 1:
+        rows = 0
+        while rows < most:
+            block = min(BLOCK_TOKENS, most - rows)
+            flops -= rows_flops(shape, before + rows, block, density)
+            if flops < 0:
+                break
+            rows += block
+        return rows
     linear, attended = _row_costs(shape)
     half = linear + 2 * attended * before  # attended R^2 + half R = flops, solved for R
-    return (isqrt(half * half + 4 * attended * flops) - half) // (2 * attended)
+    return min(most, (isqrt(half * half + 4 * attended * flops) - half) // (2 * attended))
 
 
 def _row_costs(shape: ModelShape) -> tuple[int, int]:
@@ -272,12 +289,32 @@ def _row_costs(shape: ModelShape) -> tuple[int, int]:
     return linear, 2 * shape.num_heads * shape.head_dim
 
 
-def reused_flops(shape: ModelShape, prefix_tokens: int, depth: int) -> int:
+def _square(before: int, rows: int, density: float) -> int:
+    """Twice the pairs that the attention of `rows` reads, half of each row's with itself: at density 1 the
+    difference of squares."""
+    if density == 1:
+        return (before + rows) ** 2 - before**2
+    return 2 * pairs_read(before + rows, density, before) - rows
+
+
+def pairs_share(work: Iterable[LayerWork]) -> float:
+    """Share of their pairs of a query and a key that layers with sparse attention read; 1.0 without any.
+
+    Example: at density 0.1 it is 0.114 of 8,192 tokens, as the blocks that are always read come on top.
+    """
+    sparse = [layer for layer in work if layer.attention_density < 1]
+    if not sparse:
+        return 1.0
+    read = sum(pairs_read(layer.attention_tokens, layer.attention_density) for layer in sparse)
+    return read / sum(layer.attention_tokens * (layer.attention_tokens + 1) // 2 for layer in sparse)
+
+
+def reused_flops(shape: ModelShape, prefix_tokens: int, depth: int, density: float = 1.0) -> int:
     """FLOP that a prefill does not do when the first `prefix_tokens` of its tokens are kept after `depth`
-    dense layers: what these tokens alone cost there."""
+    dense layers with attention of `density`: what these tokens alone cost there."""
     require_int("prefix_tokens", prefix_tokens, minimum=0)
     require_int("depth", depth, minimum=0)
-    return depth * rows_flops(shape, 0, prefix_tokens)
+    return depth * rows_flops(shape, 0, prefix_tokens, density)
 
 
 def prefix_bytes(

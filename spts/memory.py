@@ -52,7 +52,7 @@ def request_bytes(
         if layer.attention_tokens == layer.ffn_tokens == layer.candidates and not cuts and not layer.probed:
             rows = layer.candidates
             if slice_flops is not None:
-                rows = min(rows, max(1, rows_within(shape, 0, slice_flops)))
+                rows = max(1, rows_within(shape, 0, rows, slice_flops))
             working = sizes.dense(rows, layer.candidates)
         else:
             working = sizes.skipping(layer)

@@ -23,6 +23,7 @@ PURE = (
     "spts.cost",
     "spts.memory",
     "spts.traffic",
+    "spts.kernels.blocks",
     "spts.methods",
     "spts.sampling",
 )  # no torch when imported
@@ -42,6 +43,7 @@ RULES = [
     Rule(
         modules=("spts.errors", "spts.schedule", "spts.cost", "spts.memory", "spts.traffic"),
         never=("torch", "cluster", "jobs", "spts.model", "spts.layer", "spts.kernels"),
+        but=("spts.kernels.blocks",),
         only=(),
     ),
     Rule(

@@ -209,7 +209,7 @@ TEXT = tuple(range(100))
 
 def asks(request_id: str, *question: int, kv_bytes: int = 10, **more: Any) -> Demand:
     return demand(
-        request_id, token_ids=(*TEXT, *question), kv_bytes=kv_bytes, depth=2, document_bytes=1, **more
+        request_id, token_ids=(*TEXT, *question), kv_bytes=kv_bytes, layers=(2, 1.0), document_bytes=1, **more
     )
 
 
@@ -251,7 +251,7 @@ def test_a_given_prefix_is_reused_and_kept_as_it_is_or_not_at_all():
 def test_of_a_prompt_without_room_the_first_tokens_are_kept():
     s = scheduler(document_bytes=150)
     long = (*TEXT, *range(1000, 1100))
-    asked = [demand(name, token_ids=(*long, 7, 8), depth=2, document_bytes=1) for name in "abc"]
+    asked = [demand(name, token_ids=(*long, 7, 8), layers=(2, 1.0), document_bytes=1) for name in "abc"]
     assert answered(s, asked[0]) == Start(request_id="a", keep=(1, 150))
     assert answered(s, asked[1]) == Start(request_id="b", reuse=(1, 150))
     assert s.document_bytes == 150
@@ -376,7 +376,7 @@ class Life(RuleBasedStateMachine):
             token_ids=token_ids,
             kv_bytes=kv_bytes,
             flops=flops,
-            depth=0 if own == 1 else 2,
+            layers=(0 if own == 1 else 2, 1.0),
             document_bytes=1,
             prefix_tokens=prefix_tokens,
         )

@@ -124,8 +124,9 @@ SHAPE = ModelShape(
 
 @given(before=st.integers(0, 2**20), flops=st.integers(0, 2**60))
 def test_rows_within_are_the_most_that_fit(before, flops):
-    rows = cost.rows_within(SHAPE, before, flops)
+    rows = cost.rows_within(SHAPE, before, 2**60, flops)
     assert cost.rows_flops(SHAPE, before, rows) <= flops < cost.rows_flops(SHAPE, before, rows + 1)
+    assert cost.rows_within(SHAPE, before, rows // 2, flops) == rows // 2
 
 
 @given(before=st.integers(0, 10**5), rows=st.integers(0, 10**5))
