@@ -166,8 +166,7 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
     prompt, follow = _prompt(args, arena, case)
     contestants = [arena.enter(name, method) for name, method in case.methods.items()]
     contestants += arena.rivals
-    is_sparse = any(share < 1 for share in case.pairs_share.values())
-    total = len(contestants) * (args.repeats + 1) + 1 + is_sparse
+    total = len(contestants) * (args.repeats + 1) + 1 + case.is_sparse
     with tqdm(desc=f"{case.length} tokens", unit="run", total=total) as bar:
         warm = {}
         for each in contestants:
@@ -177,7 +176,7 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
         bar.update()
         faults = work_faults(case, warm, arena.shape)
         equal = {"spts with budgets that cover the prompt": full}
-        if is_sparse:
+        if case.is_sparse:
             sparse = arena.enter("full, sparse", case.full(sparse=True)).run(prompt, follow)
             equal["spts with sparse attention that reads everything"] = sparse
             bar.update()

@@ -70,6 +70,12 @@ class Case:
             for share in (self.pairs_share[name],)
         ]
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a method reads a part of the keys in its first layers, if they are many enough."""
+        schedules = (method.schedule_for(self.schedule.num_layers) for method in self.methods.values())
+        return any(schedule.attention_density < 1 for schedule in schedules)
+
     def full(self, *, sparse: bool = False) -> Spts:
         """SPTS with budgets that cover the prompt: it has to equal dense. sparse: by way of sparse attention
         that reads every key."""
