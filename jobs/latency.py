@@ -21,10 +21,11 @@ from pathlib import Path
 
 from cluster.protocol import EngineError
 from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
+from jobs.cases import Case, plan
 from jobs.decoding import DecodeRow, decode_rows, decode_table, room_tokens
 from jobs.options import describe_schedule, write_json
 from jobs.provenance import versions
-from jobs.timing import Case, Part, Row, measure, parts_table, plan, table, work_faults
+from jobs.timing import Part, Row, measure, parts_table, table, work_faults
 from spts.errors import ConfigError, SptsError, require_int
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from jobs import arena, latency
+from jobs.cases import plan
 from jobs.contestants import OnEngine, Own, Transformers, disagreement, random_model, random_proxies
-from jobs.timing import Timed, measure, plan, table, work_faults
+from jobs.timing import Timed, measure, table, work_faults
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts

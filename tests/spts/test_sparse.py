@@ -165,3 +165,15 @@ def test_what_was_computed_otherwise_or_ends_within_a_block_is_refused(model):
         assert refused.value.code == "invalid_prefix"
     with pytest.raises(RequestError, match="must be a multiple of 128 where attention is sparse, got 257"):
         model.start_prefill(token_ids, METHODS["spts"], keep_prefix=257)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.75])
+def test_heads_choose_by_themselves_so_ranks_need_not_agree(density):
+    """A rank has some of the heads: what it computes is what these heads compute among all."""
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(1000, heads, 16) for heads in (6, 2, 2))
+    whole = dispatch.sparse_attention(q, k, v, 0.25, density)
+    for rank in range(2):
+        queries, keys = slice(3 * rank, 3 * rank + 3), slice(rank, rank + 1)
+        part = dispatch.sparse_attention(q[:, queries], k[:, keys], v[:, keys], 0.25, density)
+        torch.testing.assert_close(part, whole[:, queries])
