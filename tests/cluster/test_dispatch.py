@@ -78,8 +78,8 @@ async def test_a_request_may_choose_the_density_of_attention(folder):
             assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
             started = [step.start.method for step in engine.group.steps if step.start is not None]
             assert started[-1].schedule.attention_density == density
-        for density, said in ((0, "0"), (1.5, "1.5"), ("0.5", "'0.5'")):
-            spts["schedule"]["attention_density"] = density
+        for wrong, said in ((0, "0"), (1.5, "1.5"), ("0.5", "'0.5'")):
+            spts = {"method": "spts", "schedule": {**SCHEDULE.to_dict(), "attention_density": wrong}}
             error = await refused(client, spts=spts)
             assert (
                 f"attention_density must be a number above 0 and at most 1, got {said};" in error["message"]

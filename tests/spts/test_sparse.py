@@ -60,8 +60,8 @@ def assert_same(ours: Prefill, theirs: Prefill) -> None:
     for mine, other in zip(ours.trace or (), theirs.trace or (), strict=True):
         for name in ("candidates", "attention_tokens", "ffn_tokens"):
             assert torch.equal(getattr(mine, name), getattr(other, name))
-    for mine, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
-        for rows in zip(mine.rows(), other.rows(), strict=True):
+    for layer, cached in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+        for rows in zip(layer.rows(), cached.rows(), strict=True):
             torch.testing.assert_close(*rows, atol=1e-9, rtol=1e-9)
 
 
