@@ -2,7 +2,7 @@
 
 Legend: T candidates, M active, Q probing queries, D width, H query heads on this rank, K key/value heads on
 this rank, d head size, F FFN inner size, C channels kept by a proxy (or rows of a cache), r its rank, B
-requests.
+requests; of sparse attention L keys, S blocks of queries, C blocks that a query block reads at most.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from spts.kernels.blocks import BLOCK_TOKENS, blocks_read
+from spts.kernels.checks import require_sparse
+
 ATTENTION = "torch scaled_dot_product_attention"
 """What computes attention on every device, for records; torch chooses among its backends by itself."""
 
 _QUERY_BLOCK = 1024
+
+QUERY_RUN, KEY_RUN = 32, 16
+"""Neighbouring queries and keys whose means stand for them when blocks are chosen."""
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -167,6 +173,91 @@ def _attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, **mask
         **masking,
     )
     return out_1HMd.squeeze(0).transpose(0, 1)
+
+
+def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """Causal attention of the last M of L tokens over the blocks that `choose_blocks` gives, [M, H, d].
+
+    At density 1 it is `causal_attention`. L - M is a multiple of BLOCK_TOKENS; rows computed apart, cut at
+    such multiples, are the rows computed together.
+    """
+    require_sparse(q_MHd, k_LKd, v_LKd, density)
+    if density == 1:
+        return causal_attention(q_MHd, k_LKd, v_LKd, scale)
+    blocks_HSC = choose_blocks(q_MHd, k_LKd, scale, density)
+    return attend_blocks(q_MHd, k_LKd, v_LKd, blocks_HSC, scale, density)
+
+
+def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """Blocks of keys that each head reads for each block of queries, int32 [H, S, C]: ascending, then -1.
+
+    Block b of queries reads `blocks_read(b, density)` blocks: the first, the one before its own, its own, and
+    of the others those of highest estimated attention, of equals the earlier. The estimate: means of
+    QUERY_RUN queries attend to means of KEY_RUN keys, a softmax over all that the block may choose from; a
+    block of keys has what its runs get from all runs of the block of queries. Only queries of the block and
+    keys before it have a say. Where an estimate is NaN, the choice is valid and without a meaning.
+
+    Example: blocks 0, 1 and 2 read all that they see; block 4 at a density of 0.1 reads 0, 3 and 4; at 0.8
+    it reads 1 or 2 as well, whichever has the keys that its queries look for.
+    """
+    (num_queries, num_heads, head_dim), num_kv_heads = q_MHd.shape, k_LKd.shape[1]
+    first = (k_LKd.shape[0] - num_queries) // BLOCK_TOKENS
+    counts = [blocks_read(first + row, density) for row in range(-(-num_queries // BLOCK_TOKENS))]
+    chosen_HSC = torch.full(
+        (num_heads, len(counts), max(counts, default=0)), -1, dtype=torch.int32, device=q_MHd.device
+    )
+    keys_KdR = _blocks(k_LKd).flatten(0, 1).unflatten(0, (-1, KEY_RUN)).mean(1, dtype=torch.float32)
+    keys_KdR = keys_KdR.permute(1, 2, 0)
+    runs = BLOCK_TOKENS // KEY_RUN
+    for row, count in enumerate(counts):
+        block = first + row
+        if count == block + 1:
+            chosen_HSC[:, row, :count] = torch.arange(count, device=q_MHd.device)
+            continue
+        queries_MHd = q_MHd[row * BLOCK_TOKENS : (row + 1) * BLOCK_TOKENS]
+        means_HQd = torch.stack([run.mean(0, dtype=torch.float32) for run in queries_MHd.split(QUERY_RUN)], 1)
+        # The heads of a group one after the other, each with its runs.
+        means_KQd = means_HQd.view(num_kv_heads, -1, head_dim)
+        logits_KQR = (means_KQd @ keys_KdR[..., runs : runs * (block - 1)]).mul_(scale)
+        weights_HQCR = logits_KQR.softmax(-1).view(*means_HQd.shape[:2], -1, runs)
+        ranked_HC = torch.sort(weights_HQCR.sum((1, 3)), descending=True, stable=True).indices
+        chosen_HSC[:, row, 1 : count - 2] = ranked_HC[:, : count - 3].sort().values + 1
+        chosen_HSC[:, row, 0] = 0
+        chosen_HSC[:, row, count - 2] = block - 1
+        chosen_HSC[:, row, count - 1] = block
+    return chosen_HSC
+
+
+def attend_blocks(
+    q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, blocks_HSC: Tensor, scale: float, density: float
+) -> Tensor:
+    """Causal attention of the last M of L tokens, each head over the key blocks it is given, [M, H, d].
+
+    blocks_HSC: as `choose_blocks` gives them at that density; the last of a row is the queries' own.
+    """
+    num_queries, num_heads, _ = q_MHd.shape
+    first = (k_LKd.shape[0] - num_queries) // BLOCK_TOKENS
+    kv_head_H1 = torch.arange(num_heads, device=q_MHd.device).view(-1, 1) // (num_heads // k_LKd.shape[1])
+    out_MHd = torch.empty_like(q_MHd)
+    for row in range(blocks_HSC.shape[1]):
+        earlier_HC = blocks_HSC[:, row, : blocks_read(first + row, density) - 1]
+        start = row * BLOCK_TOKENS
+        queries_MHd = q_MHd[start : start + BLOCK_TOKENS]
+        held = []
+        for rows_LKd in (k_LKd, v_LKd):
+            own_MKd = rows_LKd[first * BLOCK_TOKENS + start :][:BLOCK_TOKENS]
+            read_HLd = _blocks(rows_LKd)[earlier_HC, :, kv_head_H1].flatten(1, 2)
+            held.append(torch.cat((read_HLd, own_MKd.transpose(0, 1)[kv_head_H1[:, 0]]), 1).transpose(0, 1))
+        rows, read = queries_MHd.shape[0], held[0].shape[0]
+        seen_ML = torch.ones(rows, read, dtype=torch.bool, device=q_MHd.device).tril(read - rows)
+        out_MHd[start : start + rows] = _attention(queries_MHd, *held, scale, attn_mask=seen_ML)
+    return out_MHd
+
+
+def _blocks(rows_LKd: Tensor) -> Tensor:
+    """The whole blocks among rows, [blocks, BLOCK_TOKENS, K, d], a view."""
+    num_blocks = rows_LKd.shape[0] // BLOCK_TOKENS
+    return rows_LKd[: num_blocks * BLOCK_TOKENS].unflatten(0, (num_blocks, BLOCK_TOKENS))
 
 
 def ragged_attention(
