@@ -31,9 +31,9 @@ class Case:
 
     def predictions(self) -> list[str]:
         """A line for each method: FLOP, their ratio to dense, KV bytes."""
-        dense = self.flops["dense"]
+        dense, width = self.flops["dense"], max(map(len, self.flops))
         return [
-            f"{name:<8} {flops:.3e} FLOP, {self.kv_bytes[name] / 2**20:.1f} MiB KV"
+            f"{name:<{width}} {flops:.3e} FLOP, {self.kv_bytes[name] / 2**20:.1f} MiB KV"
             + (f"; {dense / flops:.2f}x fewer FLOP than dense" if name != "dense" else "")
             + (f"; reads {share:.1%} of the first layers' pairs" if share < 1 else "")
             for name, flops in self.flops.items()
