@@ -48,6 +48,7 @@ top_rows = _by_device(reference.top_rows)
 add_rows_in_place = _by_device(reference.add_rows_in_place)
 gated_product = _by_device(reference.gated_product)
 causal_attention = _by_device(reference.causal_attention)
+sparse_attention = _by_device(reference.sparse_attention)
 ragged_attention = _by_device(reference.ragged_attention)
 
 last_query_probe = reference.last_query_probe

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from spts.kernels.blocks import BLOCK_TOKENS, blocks_read, check_blocks
+
 ATTENTION = "torch scaled_dot_product_attention"
 """What computes attention on every device, for records; torch chooses among its backends by itself."""
 
@@ -159,6 +161,87 @@ def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) 
             attn_mask=causal_lower_right(stop - start, seen),
         )
     return out_MHd
+
+
+def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """As `causal_attention`, but a block of queries reads `blocks.blocks_read` blocks of keys: [M, H, d].
+
+    The last M of L tokens ask; L - M is a multiple of BLOCK_TOKENS, as blocks are counted from the prompt's
+    first token. Every query head of a block chooses for itself (`choose_blocks`), so the result depends
+    neither on where a prefill was sliced between blocks nor on the ranks. Where all blocks are read it is
+    causal attention.
+    """
+    (num_queries, num_heads, _), (num_keys, num_kv_heads, _) = q_MHd.shape, k_LKd.shape
+    check_blocks(num_queries, num_keys, density)
+    chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density).long()
+    before, whole = num_keys - num_queries, num_keys - num_keys % BLOCK_TOKENS
+    head_H1 = torch.arange(num_heads, device=q_MHd.device)[:, None] // (num_heads // num_kv_heads)
+    out_MHd = torch.empty_like(q_MHd)
+    for row, q_BHd in enumerate(q_MHd.split(BLOCK_TOKENS)):
+        own = row * BLOCK_TOKENS + before
+        earlier_HS = chosen_HRS[:, row, : blocks_read(own // BLOCK_TOKENS, density) - 1]
+        k_HXd, v_HXd = (
+            torch.cat(
+                (
+                    x_LKd[:whole].unflatten(0, (-1, BLOCK_TOKENS))[earlier_HS, :, head_H1].flatten(1, 2),
+                    x_LKd[own : own + BLOCK_TOKENS, head_H1[:, 0]].transpose(0, 1),
+                ),
+                dim=1,
+            )
+            for x_LKd in (k_LKd, v_LKd)
+        )
+        out_HBd = F.scaled_dot_product_attention(
+            q_BHd.transpose(0, 1)[None],
+            k_HXd[None],
+            v_HXd[None],
+            attn_mask=causal_lower_right(q_BHd.shape[0], k_HXd.shape[1]),
+            scale=scale,
+        )[0]
+        out_MHd[row * BLOCK_TOKENS : (row + 1) * BLOCK_TOKENS] = out_HBd.transpose(0, 1)
+    return out_MHd
+
+
+def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """For each query head and block of queries, the blocks of keys before its own that it reads: int32
+    [H, R, S], R blocks of queries, S the most that any of them reads; ascending, then -1.
+
+    Always the first block and the one before the queries' own; then those that the mean of the block's
+    queries gives most attention to, all keys of a block together: the log of the sum of exp over its
+    logits. Of equal blocks the earlier wins; which ones are chosen among NaN has no meaning.
+    """
+    num_queries, num_keys = q_MHd.shape[0], k_LKd.shape[0]
+    first = (num_keys - num_queries) // BLOCK_TOKENS
+    scores_HRC = block_scores(mean_queries(q_MHd), k_LKd, scale)
+    num_rows, num_blocks = scores_HRC.shape[1:]
+    own_R1 = torch.arange(first, first + num_rows, device=q_MHd.device)[:, None]
+    block_C = torch.arange(num_blocks, device=q_MHd.device)
+    always_RC = (block_C == 0) | (block_C == own_R1 - 1)
+    scores_HRC = scores_HRC.nan_to_num(nan=0.0).masked_fill(always_RC, torch.inf)
+    scores_HRC = scores_HRC.masked_fill(block_C >= own_R1, -torch.inf)
+    order_HRC = scores_HRC.sort(dim=-1, descending=True, stable=True).indices
+    counts = [blocks_read(first + row, density) - 1 for row in range(num_rows)]
+    most = max(counts)
+    chosen_HRS = order_HRC[..., :most]
+    count_R1 = torch.tensor(counts, device=q_MHd.device)[:, None]
+    unused_RS = torch.arange(most, device=q_MHd.device) >= count_R1
+    chosen_HRS = chosen_HRS.masked_fill(unused_RS, num_blocks).sort(dim=-1).values
+    return chosen_HRS.masked_fill(unused_RS, -1).int()
+
+
+def mean_queries(q_MHd: Tensor) -> Tensor:
+    """The mean of each block of BLOCK_TOKENS queries, the last one of what there is of it: [R, H, d]."""
+    whole = q_MHd.shape[0] - q_MHd.shape[0] % BLOCK_TOKENS
+    mean_RHd = q_MHd[:whole].unflatten(0, (-1, BLOCK_TOKENS)).mean(dim=1)
+    return mean_RHd if whole == q_MHd.shape[0] else torch.cat((mean_RHd, q_MHd[whole:].mean(dim=0)[None]))
+
+
+def block_scores(q_RHd: Tensor, k_LKd: Tensor, scale: float) -> Tensor:
+    """How much attention queries give to each whole block of keys, as a log: float32 [H, R, L // 128]."""
+    num_kv_heads = k_LKd.shape[1]
+    whole = k_LKd.shape[0] - k_LKd.shape[0] % BLOCK_TOKENS
+    q_KGRd = q_RHd.permute(1, 0, 2).unflatten(0, (num_kv_heads, -1))
+    logits_KGRL = torch.matmul(q_KGRd, k_LKd[:whole].permute(1, 2, 0).unsqueeze(1)).float().mul_(scale)
+    return logits_KGRL.unflatten(-1, (-1, BLOCK_TOKENS)).logsumexp(dim=-1).flatten(0, 1)
 
 
 def _attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, **masking: Any) -> Tensor:
