@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
-from cluster.config import brief, explain
 from cluster.errors import ApiError
+from cluster.strict import brief, explain
 from spts.sampling import MAX_LOGPROBS
 
 MAX_STOPS = 16

@@ -17,12 +17,13 @@ from starlette.types import ASGIApp
 from cluster import placement
 from cluster.autoscaling import QUEUED_PREFILL_TOKENS, QueuedPrefillPolicy
 from cluster.balance import Balance
-from cluster.config import AppConfig, EngineConfig, ServedEngineConfig, check_pools, parse
+from cluster.config import AppConfig, EngineConfig, ServedEngineConfig, check_pools
 from cluster.engine import Engine
 from cluster.keys import read_keys
 from cluster.replica_router import ReplicaRouter
 from cluster.replicas import REPORT_PERIOD_S, ServeEngine, routing_stats
 from cluster.router import Router
+from cluster.strict import parse
 
 ROUTER = "Router"
 # Requests that a replica may hold open. More than can come: the engine's own queue is what is bounded, and

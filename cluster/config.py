@@ -1,5 +1,4 @@
-"""The only door for YAML: frozen models that refuse unknown keys, and errors that name file, key, rule and
-value.
+"""What engines and the endpoint are configured with, checked whole before anything starts.
 
 python -m cluster.config ray_config.yaml      checks the whole file, Serve's own blocks included, deploys
 nothing
@@ -8,32 +7,20 @@ nothing
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
-import reprlib
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.strict import Strict, explain, parse, refuse_unknown_keys
+from cluster.yaml_file import read_yaml
 from spts import methods
 from spts.errors import ConfigError
 from spts.methods import Method
 from spts.schedule import PRESETS
-
-MAX_VALUES = 100_000  # in a YAML file
-
-
-class Strict(BaseModel):
-    """Base of every configuration model: unknown keys are errors, numbers are finite, instances do not
-    change."""
-
-    # JSON, which every configuration is recorded as, has no infinity.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class EngineConfig(Strict):
@@ -308,103 +295,6 @@ def resolve_path(path: str) -> str:
     return path
 
 
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def parse(data: object, model: type[Model], *, source: str) -> Model:
-    """`data` as a `model`. Raises ConfigError naming `source`, the key, the rule and the value of every
-    fault."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        faults = "; ".join(explain(dict(fault), model) for fault in error.errors())
-        first = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ConfigError(f"{source}: {faults}", field=first or None) from None
-
-
-def load_yaml(path: str | Path, model: type[Model]) -> Model:
-    """Read a YAML file as a `model`. Raises ConfigError as `parse`, and for a file that is missing or not
-    YAML."""
-    data = read_yaml(path)
-    _check_size(data, path)
-    return parse(data, model, source=str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data, and no key twice in a mapping: PyYAML would let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping's keys and values; keys that come from `<<` may be given again."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key.value!r} twice in a mapping", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(path: str | Path) -> object:
-    """The plain data of a YAML file. Raises ConfigError."""
-    try:
-        return yaml.load(Path(path).read_bytes(), _Loader)  # YAML says itself how its bytes are to be read
-    except OSError as error:
-        raise ConfigError(
-            f"{path} must be a readable YAML file, got {error.strerror}; check the path", field="config"
-        ) from None
-    # PyYAML lets through what its constructors raise: of a date or tag that is none, of 3,000 brackets.
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError) as error:
-        raise ConfigError(f"{path} must be YAML, got {error}; correct it", field="config") from None
-
-
-def _check_size(data: object, path: str | Path) -> None:
-    """Raises ConfigError for a YAML file whose aliases make it endless, or far more than what it says."""
-    sizes: dict[int, float] = {}
-
-    def size(value: object) -> float:
-        if not isinstance(value, dict | list):
-            return 1
-        if id(value) not in sizes:
-            sizes[id(value)] = math.inf  # what it is while it holds itself
-            values = value.values() if isinstance(value, dict) else value
-            sizes[id(value)] = 1 + sum(map(size, values))
-        return sizes[id(value)]
-
-    if size(data) > MAX_VALUES:
-        raise ConfigError(
-            f"{path} must stand for at most {MAX_VALUES} values, got {size(data):g}, its aliases written "
-            "out; use fewer of them",
-            field="config",
-        )
-
-
-def brief(value: object) -> str:
-    """`value` as an error quotes it: its repr, cut where it is long or deep."""
-    short = reprlib.Repr()
-    short.maxlevel = 2
-    short.maxstring = short.maxother = short.maxlong = 100
-    short.maxlist = short.maxtuple = short.maxdict = 10
-    return short.repr(value)
-
-
-def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> str:
-    """One pydantic fault in the house's words: "<key> must <rule>, got <value>; <what to do>"."""
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = ", ".join(_known_keys(model, fault["loc"][:-1])) if model else ""
-        what = f"be one of {known}" if known else "be a known key"
-        return f"{key} must {what}, got an unknown key; remove it or correct its name"
-    if fault["type"] == "missing":
-        return f"{key} must be given, got nothing; add it"
-    if fault["type"] == "value_error":
-        message = str(fault["ctx"]["error"])
-        return f"{key}: {message}" if key else message
-    rule = re.sub(r"^\w+ should ", "", fault["msg"])  # "Input should be …", "String should have …"
-    return f"{key} must {rule[0].lower()}{rule[1:]}, got {brief(fault['input'])}; correct it"
-
-
 def check_ray_config(path: str | Path) -> AppConfig:
     """Check a whole ray_config.yaml: our `args`, and Serve's blocks, whose unknown keys Serve itself lets
     pass.
@@ -414,8 +304,7 @@ def check_ray_config(path: str | Path) -> AppConfig:
     from ray.serve.schema import ServeDeploySchema
 
     data = read_yaml(path)
-    _check_size(data, path)
-    _refuse_unknown_keys(data, ServeDeploySchema, str(path))
+    refuse_unknown_keys(data, ServeDeploySchema, str(path))
     try:
         deploy = ServeDeploySchema.model_validate(data)
     except ValidationError as error:
@@ -433,45 +322,6 @@ def check_ray_config(path: str | Path) -> AppConfig:
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}", field=error.field) from None
     return app
-
-
-def _refuse_unknown_keys(data: object, schema: object, where: str, key: str = "") -> None:
-    """Walk `data` beside a pydantic schema; raise ConfigError at the first key that the schema does not
-    have."""
-    if isinstance(data, list):
-        for index, item in enumerate(data):
-            _refuse_unknown_keys(item, schema, where, f"{key}.{index}")
-    model = _model_in(schema)
-    if model is None or not isinstance(data, Mapping):
-        return
-    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
-    for name, value in data.items():
-        path = f"{key}.{name}".lstrip(".")
-        if name not in fields:
-            raise ConfigError(
-                f"{where}: {path} must be one of {', '.join(sorted(fields))}, got an unknown key; "
-                "remove it or correct its name",
-                field=path,
-            )
-        _refuse_unknown_keys(value, fields[name], where, path)
-
-
-def _known_keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Keys of the model at `loc` inside `model`; empty when it is not a model."""
-    schema: object = model
-    for part in loc:
-        inner = _model_in(schema)
-        if inner is not None and part in inner.model_fields:
-            schema = inner.model_fields[part].annotation
-    inner = _model_in(schema)
-    return list(inner.model_fields) if inner else []
-
-
-def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `list[Model] | None`, if there is one."""
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
 
 
 if __name__ == "__main__":

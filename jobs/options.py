@@ -38,6 +38,8 @@ def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:
             f"schedule must be one of {', '.join(PRESETS)} or a YAML file, got {choice!r}; check the name",
             field="schedule",
         )
+    from cluster.yaml_file import read_yaml  # not for the reports, which need nothing of the cluster
+
     data = read_yaml(path)
     try:
         return schedule_from(data, num_layers=num_layers, num_tokens=num_tokens)
@@ -77,17 +79,6 @@ def schedule_from(data: object, *, num_layers: int, num_tokens: int) -> Schedule
     return schedule.scaled(
         num_layers=num_layers, num_tokens=num_tokens, reference_tokens=data["reference_tokens"]
     )
-
-
-def read_yaml(path: Path) -> object:
-    """The plain data of a YAML file. Raises ConfigError naming the file."""
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    # PyYAML lets through what its constructors raise: of a date or tag that is none, of 3,000 brackets.
-    except (OSError, yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError) as error:
-        raise ConfigError(f"{path} must be a YAML file, got {error}; correct it", field="config") from None
 
 
 def describe_schedule(schedule: Schedule) -> str:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cluster.config import Strict, brief, load_yaml
+from cluster.strict import Strict, brief, load_yaml
 from jobs.options import schedule_from, writable_folder
 from jobs.tasks import Task, make_tasks
 from spts import methods

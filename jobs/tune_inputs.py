@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from cluster.config import EngineConfig, parse, resolve_path
+from cluster.config import EngineConfig, resolve_path
+from cluster.strict import parse
 from jobs.options import writable_folder
 from jobs.pool import Prompt
 from jobs.prompts import Prompts

@@ -21,8 +21,6 @@ _INDEX_BYTES = 8
 # `spts.kernels`.
 _MASKED_QUERIES = 1024
 _ROUNDED_TO = 256
-# Queries and keys whose means stand for them when blocks are chosen: `spts.kernels.reference`.
-_QUERY_RUN, _KEY_RUN = 32, 16
 
 
 def request_bytes(
@@ -110,15 +108,15 @@ class _Sizes:
         return max(rows * self._normed, own + rounded * (2 * self._queries + 2 * self._keys))
 
     def _sparse(self, rows: int, candidates: int, density: float) -> int:
-        """What sparse attention holds beside: means of the keys, the blocks chosen, and of one block of
-        queries its estimates, or the keys and values that each head reads, gathered, with a mask."""
+        """What sparse attention holds beside: scores of blocks of keys for each block of queries, sorted; of
+        one block of queries the logits of its mean, or the keys and values that each head reads and a
+        mask."""
         num_blocks = -(-candidates // BLOCK_TOKENS)
-        read = blocks_read(num_blocks - 1, density)
-        means = candidates // _KEY_RUN * (self._keys // self._dtype_bytes) * _FLOAT_BYTES
-        chosen = self._heads * -(-rows // BLOCK_TOKENS) * read * 4  # int32
-        estimates = 3 * self._heads * (BLOCK_TOKENS // _QUERY_RUN) * candidates // _KEY_RUN * _FLOAT_BYTES
-        gathered = BLOCK_TOKENS * read * (3 * self._queries + BLOCK_TOKENS * (2 + self._dtype_bytes))
-        return means + chosen + max(estimates, gathered)
+        read = BLOCK_TOKENS * blocks_read(num_blocks - 1, density)
+        scores = self._heads * -(-rows // BLOCK_TOKENS) * num_blocks * (3 * _FLOAT_BYTES + 3 * _INDEX_BYTES)
+        logits = 3 * self._heads * candidates * _FLOAT_BYTES
+        gathered = read * 3 * (self._queries + BLOCK_TOKENS * self._dtype_bytes)
+        return scores + max(logits, gathered)
 
     def _feed_forward(self, rows: int) -> int:
         """Normed rows, gate, up and one more for the activation, and the output."""

@@ -24,7 +24,7 @@ import yaml
 
 from cluster.config import AppConfig, check_ray_config, resolve_path
 from cluster.local import HOST, free_ports, local_ray
-from jobs.options import read_yaml
+from cluster.yaml_file import read_yaml
 from spts.errors import ConfigError
 
 READY_S = 300.0

@@ -7,10 +7,15 @@ they are depends on the content (`spts.kernels.reference.sparse_attention`). Sta
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil
 
 BLOCK_TOKENS = 128
-_ALWAYS = 3  # the first block, the one before the queries' own, and their own
+ALWAYS = 3  # blocks read at any density: the first, the one before the queries' own, and their own
+SHARES = 1 << 16
+
+
+def share_of(density: float) -> int:
+    """A density in parts of SHARES, so that a kernel counts as the host does: 1 is 65,536, 0.1 is 6,553."""
+    return int(density * SHARES)
 
 
 def blocks_read(block: int, density: float) -> int:
@@ -20,7 +25,19 @@ def blocks_read(block: int, density: float) -> int:
     Example: block 99 at density 0.1 reads 10 of 100 blocks, block 1 both.
     """
     visible = block + 1
-    return min(visible, max(_ALWAYS, ceil(density * visible)))
+    return min(visible, max(ALWAYS, -(-share_of(density) * visible // SHARES)))
+
+
+def check_blocks(num_queries: int, num_keys: int, density: float) -> None:
+    """Raises ValueError unless the last `num_queries` of `num_keys` tokens are at least one and begin a
+    block, and 0 < density <= 1."""
+    if not 1 <= num_queries <= num_keys or (num_keys - num_queries) % BLOCK_TOKENS:
+        raise ValueError(
+            f"q_MHd must be the last tokens of k_LKd after a multiple of {BLOCK_TOKENS}, "
+            f"got {num_queries} of {num_keys}; begin at a block"
+        )
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}; correct the call")
 
 
 @lru_cache(maxsize=1024)  # the same for each layer of a prompt

@@ -12,8 +12,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spts.kernels.blocks import BLOCK_TOKENS
-
 HALF_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,22 +41,6 @@ def require(
         _refuse(name, "be contiguous", f"strides {tensor.stride()}")
     if shape[-1] > 1:
         _refuse(name, "have a last dimension without gaps", f"strides {tensor.stride()}")
-
-
-def require_sparse(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, density: float) -> None:
-    """Raises ValueError, naming the argument, unless they fit `reference.sparse_attention`."""
-    (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q_MHd.shape, k_LKd.shape
-    require("q_MHd", q_MHd, shape=tuple(q_MHd.shape), like=q_MHd, contiguous=False)
-    for name, rows in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
-        require(name, rows, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd, contiguous=False)
-    if num_heads % num_kv_heads:
-        _refuse("q_MHd", f"have a multiple of k_LKd's {num_kv_heads} heads", str(num_heads))
-    earlier = num_keys - num_queries
-    if earlier < 0 or earlier % BLOCK_TOKENS:
-        rule = f"have q_MHd's {num_queries} tokens after a multiple of {BLOCK_TOKENS}"
-        _refuse("k_LKd", rule, str(num_keys))
-    if not 0 < density <= 1:
-        _refuse("density", "be above 0 and at most 1", str(density))
 
 
 def power_of_two(number: int) -> int:

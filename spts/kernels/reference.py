@@ -2,7 +2,7 @@
 
 Legend: T candidates, M active, Q probing queries, D width, H query heads on this rank, K key/value heads on
 this rank, d head size, F FFN inner size, C channels kept by a proxy (or rows of a cache), r its rank, B
-requests; of sparse attention L keys, S blocks of queries, C blocks that a query block reads at most.
+requests.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from spts.kernels.blocks import BLOCK_TOKENS, blocks_read
-from spts.kernels.checks import require_sparse
+from spts.kernels.blocks import BLOCK_TOKENS, blocks_read, check_blocks
 
 ATTENTION = "torch scaled_dot_product_attention"
 """What computes attention on every device, for records; torch chooses among its backends by itself."""
 
 _QUERY_BLOCK = 1024
-
-QUERY_RUN, KEY_RUN = 32, 16
-"""Neighbouring queries and keys whose means stand for them when blocks are chosen."""
+_NORM_ROWS = 512  # at once, so that what is between the steps stays in a core's cache
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -32,9 +29,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Example: x = [[3, 4]] with weight [1, 2] and eps 0 has a mean square of 12.5 and gives [[0.849, 2.263]].
     """
-    x_TD_float = x_TD.float()
-    inverse_T1 = torch.rsqrt(x_TD_float.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_D * (x_TD_float * inverse_T1).to(x_TD.dtype)
+    out_TD = torch.empty_like(x_TD)
+    for x_RD, out_RD in zip(x_TD.split(_NORM_ROWS), out_TD.split(_NORM_ROWS), strict=True):
+        x_RD_float = x_RD.float()
+        inverse_R1 = torch.rsqrt(x_RD_float.pow(2).mean(-1, keepdim=True) + eps)
+        torch.mul(weight_D, (x_RD_float * inverse_R1).to(x_RD.dtype), out=out_RD)
+    return out_TD
 
 
 def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
@@ -163,6 +163,89 @@ def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) 
     return out_MHd
 
 
+def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """As `causal_attention`, but a block of queries reads `blocks.blocks_read` blocks of keys: [M, H, d].
+
+    The last M of L tokens ask; L - M is a multiple of BLOCK_TOKENS, as blocks are counted from the prompt's
+    first token. Every query head of a block chooses for itself (`choose_blocks`), so the result depends
+    neither on where a prefill was sliced between blocks nor on the ranks. Where all blocks are read it is
+    causal attention.
+    """
+    (num_queries, num_heads, _), (num_keys, num_kv_heads, _) = q_MHd.shape, k_LKd.shape
+    check_blocks(num_queries, num_keys, density)
+    chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density).long()
+    before, whole = num_keys - num_queries, num_keys - num_keys % BLOCK_TOKENS
+    head_H1 = torch.arange(num_heads, device=q_MHd.device)[:, None] // (num_heads // num_kv_heads)
+    out_MHd = torch.empty_like(q_MHd)
+    for row, q_BHd in enumerate(q_MHd.split(BLOCK_TOKENS)):
+        own = row * BLOCK_TOKENS + before
+        earlier_HS = chosen_HRS[:, row, : blocks_read(own // BLOCK_TOKENS, density) - 1]
+        k_HXd, v_HXd = (
+            torch.cat(
+                (
+                    x_LKd[:whole].unflatten(0, (-1, BLOCK_TOKENS))[earlier_HS, :, head_H1].flatten(1, 2),
+                    x_LKd[own : own + BLOCK_TOKENS, head_H1[:, 0]].transpose(0, 1),
+                ),
+                dim=1,
+            )
+            for x_LKd in (k_LKd, v_LKd)
+        )
+        out_HBd = F.scaled_dot_product_attention(
+            q_BHd.transpose(0, 1)[None],
+            k_HXd[None],
+            v_HXd[None],
+            attn_mask=causal_lower_right(q_BHd.shape[0], k_HXd.shape[1]),
+            scale=scale,
+        )[0]
+        out_MHd[row * BLOCK_TOKENS : (row + 1) * BLOCK_TOKENS] = out_HBd.transpose(0, 1)
+    return out_MHd
+
+
+def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """For each query head and block of queries, the blocks of keys before its own that it reads: int32
+    [H, R, S], R blocks of queries, S the most that any of them reads; ascending, then -1.
+
+    Always the first block and the one before the queries' own; then those that the mean of the block's
+    queries gives most attention to, all keys of a block together: the log of the sum of exp over its
+    logits. Of equal blocks the earlier wins; which ones are chosen among NaN has no meaning.
+    """
+    num_queries, num_keys = q_MHd.shape[0], k_LKd.shape[0]
+    first = (num_keys - num_queries) // BLOCK_TOKENS
+    # One row after the other: together their logits would take rows times keys.
+    rows = mean_queries(q_MHd).split(1)
+    scores_HRC = torch.cat([block_scores(q_1Hd, k_LKd, scale) for q_1Hd in rows], dim=1)
+    num_rows, num_blocks = scores_HRC.shape[1:]
+    own_R1 = torch.arange(first, first + num_rows, device=q_MHd.device)[:, None]
+    block_C = torch.arange(num_blocks, device=q_MHd.device)
+    always_RC = (block_C == 0) | (block_C == own_R1 - 1)
+    scores_HRC = scores_HRC.nan_to_num(nan=0.0).masked_fill(always_RC, torch.inf)
+    scores_HRC = scores_HRC.masked_fill(block_C >= own_R1, -torch.inf)
+    order_HRC = scores_HRC.sort(dim=-1, descending=True, stable=True).indices
+    counts = [blocks_read(first + row, density) - 1 for row in range(num_rows)]
+    most = max(counts)
+    chosen_HRS = order_HRC[..., :most]
+    count_R1 = torch.tensor(counts, device=q_MHd.device)[:, None]
+    unused_RS = torch.arange(most, device=q_MHd.device) >= count_R1
+    chosen_HRS = chosen_HRS.masked_fill(unused_RS, num_blocks).sort(dim=-1).values
+    return chosen_HRS.masked_fill(unused_RS, -1).int()
+
+
+def mean_queries(q_MHd: Tensor) -> Tensor:
+    """The mean of each block of BLOCK_TOKENS queries, the last one of what there is of it: [R, H, d]."""
+    whole = q_MHd.shape[0] - q_MHd.shape[0] % BLOCK_TOKENS
+    mean_RHd = q_MHd[:whole].unflatten(0, (-1, BLOCK_TOKENS)).mean(dim=1)
+    return mean_RHd if whole == q_MHd.shape[0] else torch.cat((mean_RHd, q_MHd[whole:].mean(dim=0)[None]))
+
+
+def block_scores(q_RHd: Tensor, k_LKd: Tensor, scale: float) -> Tensor:
+    """How much attention queries give to each whole block of keys, as a log: float32 [H, R, L // 128]."""
+    num_kv_heads = k_LKd.shape[1]
+    whole = k_LKd.shape[0] - k_LKd.shape[0] % BLOCK_TOKENS
+    q_KGRd = q_RHd.permute(1, 0, 2).unflatten(0, (num_kv_heads, -1))
+    logits_KGRL = torch.matmul(q_KGRd, k_LKd[:whole].permute(1, 2, 0).unsqueeze(1)).float().mul_(scale)
+    return logits_KGRL.unflatten(-1, (-1, BLOCK_TOKENS)).logsumexp(dim=-1).flatten(0, 1)
+
+
 def _attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, **masking: Any) -> Tensor:
     out_1HMd = F.scaled_dot_product_attention(
         q_MHd.transpose(0, 1).unsqueeze(0),
@@ -173,91 +256,6 @@ def _attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, **mask
         **masking,
     )
     return out_1HMd.squeeze(0).transpose(0, 1)
-
-
-def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float) -> Tensor:
-    """Causal attention of the last M of L tokens over the blocks that `choose_blocks` gives, [M, H, d].
-
-    At density 1 it is `causal_attention`. L - M is a multiple of BLOCK_TOKENS; rows computed apart, cut at
-    such multiples, are the rows computed together.
-    """
-    require_sparse(q_MHd, k_LKd, v_LKd, density)
-    if density == 1:
-        return causal_attention(q_MHd, k_LKd, v_LKd, scale)
-    blocks_HSC = choose_blocks(q_MHd, k_LKd, scale, density)
-    return attend_blocks(q_MHd, k_LKd, v_LKd, blocks_HSC, scale, density)
-
-
-def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
-    """Blocks of keys that each head reads for each block of queries, int32 [H, S, C]: ascending, then -1.
-
-    Block b of queries reads `blocks_read(b, density)` blocks: the first, the one before its own, its own, and
-    of the others those of highest estimated attention, of equals the earlier. The estimate: means of
-    QUERY_RUN queries attend to means of KEY_RUN keys, a softmax over all that the block may choose from; a
-    block of keys has what its runs get from all runs of the block of queries. Only queries of the block and
-    keys before it have a say. Where an estimate is NaN, the choice is valid and without a meaning.
-
-    Example: blocks 0, 1 and 2 read all that they see; block 4 at a density of 0.1 reads 0, 3 and 4; at 0.8
-    it reads 1 or 2 as well, whichever has the keys that its queries look for.
-    """
-    (num_queries, num_heads, head_dim), num_kv_heads = q_MHd.shape, k_LKd.shape[1]
-    first = (k_LKd.shape[0] - num_queries) // BLOCK_TOKENS
-    counts = [blocks_read(first + row, density) for row in range(-(-num_queries // BLOCK_TOKENS))]
-    chosen_HSC = torch.full(
-        (num_heads, len(counts), max(counts, default=0)), -1, dtype=torch.int32, device=q_MHd.device
-    )
-    keys_KdR = _blocks(k_LKd).flatten(0, 1).unflatten(0, (-1, KEY_RUN)).mean(1, dtype=torch.float32)
-    keys_KdR = keys_KdR.permute(1, 2, 0)
-    runs = BLOCK_TOKENS // KEY_RUN
-    for row, count in enumerate(counts):
-        block = first + row
-        if count == block + 1:
-            chosen_HSC[:, row, :count] = torch.arange(count, device=q_MHd.device)
-            continue
-        queries_MHd = q_MHd[row * BLOCK_TOKENS : (row + 1) * BLOCK_TOKENS]
-        means_HQd = torch.stack([run.mean(0, dtype=torch.float32) for run in queries_MHd.split(QUERY_RUN)], 1)
-        # The heads of a group one after the other, each with its runs.
-        means_KQd = means_HQd.view(num_kv_heads, -1, head_dim)
-        logits_KQR = (means_KQd @ keys_KdR[..., runs : runs * (block - 1)]).mul_(scale)
-        weights_HQCR = logits_KQR.softmax(-1).view(*means_HQd.shape[:2], -1, runs)
-        ranked_HC = torch.sort(weights_HQCR.sum((1, 3)), descending=True, stable=True).indices
-        chosen_HSC[:, row, 1 : count - 2] = ranked_HC[:, : count - 3].sort().values + 1
-        chosen_HSC[:, row, 0] = 0
-        chosen_HSC[:, row, count - 2] = block - 1
-        chosen_HSC[:, row, count - 1] = block
-    return chosen_HSC
-
-
-def attend_blocks(
-    q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, blocks_HSC: Tensor, scale: float, density: float
-) -> Tensor:
-    """Causal attention of the last M of L tokens, each head over the key blocks it is given, [M, H, d].
-
-    blocks_HSC: as `choose_blocks` gives them at that density; the last of a row is the queries' own.
-    """
-    num_queries, num_heads, _ = q_MHd.shape
-    first = (k_LKd.shape[0] - num_queries) // BLOCK_TOKENS
-    kv_head_H1 = torch.arange(num_heads, device=q_MHd.device).view(-1, 1) // (num_heads // k_LKd.shape[1])
-    out_MHd = torch.empty_like(q_MHd)
-    for row in range(blocks_HSC.shape[1]):
-        earlier_HC = blocks_HSC[:, row, : blocks_read(first + row, density) - 1]
-        start = row * BLOCK_TOKENS
-        queries_MHd = q_MHd[start : start + BLOCK_TOKENS]
-        held = []
-        for rows_LKd in (k_LKd, v_LKd):
-            own_MKd = rows_LKd[first * BLOCK_TOKENS + start :][:BLOCK_TOKENS]
-            read_HLd = _blocks(rows_LKd)[earlier_HC, :, kv_head_H1].flatten(1, 2)
-            held.append(torch.cat((read_HLd, own_MKd.transpose(0, 1)[kv_head_H1[:, 0]]), 1).transpose(0, 1))
-        rows, read = queries_MHd.shape[0], held[0].shape[0]
-        seen_ML = torch.ones(rows, read, dtype=torch.bool, device=q_MHd.device).tril(read - rows)
-        out_MHd[start : start + rows] = _attention(queries_MHd, *held, scale, attn_mask=seen_ML)
-    return out_MHd
-
-
-def _blocks(rows_LKd: Tensor) -> Tensor:
-    """The whole blocks among rows, [blocks, BLOCK_TOKENS, K, d], a view."""
-    num_blocks = rows_LKd.shape[0] // BLOCK_TOKENS
-    return rows_LKd[: num_blocks * BLOCK_TOKENS].unflatten(0, (num_blocks, BLOCK_TOKENS))
 
 
 def ragged_attention(

@@ -13,11 +13,10 @@ from cluster.config import (
     EngineConfig,
     check_pools,
     check_ray_config,
-    load_yaml,
-    parse,
     parse_method,
-    read_yaml,
 )
+from cluster.strict import load_yaml, parse
+from cluster.yaml_file import read_yaml
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
 from spts.schedule import Schedule
@@ -285,7 +284,7 @@ def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
         load_yaml(tmp_path / "none.yaml", AppConfig)
     for content in (b"a: [1", b"a: \xe9"):
         (tmp_path / "bad.yaml").write_bytes(content)
-        with pytest.raises(ConfigError, match=r"bad.yaml must be YAML"):
+        with pytest.raises(ConfigError, match=r"bad.yaml must be a YAML file"):
             load_yaml(tmp_path / "bad.yaml", AppConfig)
 
 

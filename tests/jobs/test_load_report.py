@@ -186,7 +186,7 @@ def test_a_change_of_nothing_is_refused(change):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--serve", "nowhere.yaml"], "nowhere.yaml must be a YAML file"),
+        (["--serve", "nowhere.yaml"], "nowhere.yaml must be a readable YAML file"),
         (["--serve", "pyproject.toml"], "pyproject.toml must be a YAML file"),
         (["--serve", "jobs/configs/demo.yaml"], "serve must be a file like ray_config.yaml"),
         (["--serve", "ray_config.yaml", "--set", "engines.default.layer=3"], "layer must be one of model"),

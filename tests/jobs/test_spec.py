@@ -15,9 +15,9 @@ import yaml
 
 import jobs.cells
 import jobs.spec
-from cluster.config import brief
+from cluster.strict import brief
+from cluster.yaml_file import read_yaml
 from jobs.cells import plan_models
-from jobs.options import read_yaml
 from jobs.spec import EngineSpec, Sweep, concrete_schedule, load_sweep, output_folder
 from jobs.sweep import main
 from spts import Proxies, methods
@@ -182,7 +182,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path, capsys):
     assert "must be a readable YAML file" in fault_of(["--config", str(tmp_path / "no.yaml")], capsys)
     (tmp_path / "bad.yaml").write_text("name: [")
     assert main(["--config", str(tmp_path / "bad.yaml")]) == 2
-    assert "bad.yaml must be YAML" in capsys.readouterr().err
+    assert "bad.yaml must be a YAML file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path, capsys):
 )
 def test_yaml_that_is_no_value_is_named(text, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
-    assert "bad.yaml must be YAML, got " in fault_of(["--config", str(tmp_path / "bad.yaml")], capsys)[:200]
+    assert (
+        "bad.yaml must be a YAML file, got "
+        in fault_of(["--config", str(tmp_path / "bad.yaml")], capsys)[:200]
+    )
     with pytest.raises(SptsError, match=r"bad\.yaml must be a YAML file"):
         read_yaml(tmp_path / "bad.yaml")
 

@@ -1,0 +1,197 @@
+"""Causal attention in which each block of queries reads only some blocks of keys, and the choice of them.
+
+Three launches: what the mean of a block of queries gives to each block of keys; which blocks that makes; the
+attention over them. A query head chooses for itself. Blocks before the queries' own are read whole, without a
+mask.
+
+Legend: M queries, L keys, H query heads, K key/value heads, G query heads per key head, d head size, R blocks
+of queries, C blocks of keys, S blocks that a block of queries reads at most before its own, B tokens of a
+block, N keys read at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from spts.kernels import reference
+from spts.kernels.blocks import ALWAYS, BLOCK_TOKENS, SHARES, blocks_read, check_blocks, share_of
+from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, warn_reference
+
+_HEAD_SIZES = (16, 32, 64, 128)
+_LOG2_E = 1.4426950408889634
+_MOST_KEYS = 1 << 21  # one program chooses among all blocks of a row
+_AT_ONCE = 64  # keys: two programs of four warps share a multiprocessor
+_BLOCK_R = 64  # means of queries at once
+
+
+@triton.jit
+def _block_scores(
+    q, k, scores, scale_log2, first, R, C, G,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    block, head, num_heads = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    row_R = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if first + tl.min(row_R, axis=0) + BLOCK_R <= block:
+        return  # later than all of them
+    token, column = tl.arange(0, BLOCK), tl.arange(0, D)
+    q_RD = tl.load(
+        q + (row_R[:, None].to(tl.int64) * num_heads + head) * D + column[None, :],
+        mask=(row_R < R)[:, None], other=0.0,
+    )  # fmt: skip
+    place_B = ((block * BLOCK + token).to(tl.int64) * (num_heads // G) + head // G) * D
+    k_DB = tl.load(k + place_B[None, :] + column[:, None])
+    score_RB = tl.dot(q_RD, k_DB, input_precision="ieee") * scale_log2
+    peak_R = tl.max(score_RB, axis=1)
+    score_R = peak_R + tl.log2(tl.sum(tl.exp2(score_RB - peak_R[:, None]), axis=1))
+    place_R = (head.to(tl.int64) * R + row_R) * C + block
+    tl.store(scores + place_R, score_R, mask=row_R < R)
+
+
+@triton.jit
+def _blocks_before(block, share, ALWAYS: tl.constexpr, SHARES: tl.constexpr):
+    """`blocks.blocks_read` less the block itself."""
+    visible = block + 1
+    read = ((visible.to(tl.int64) * share + SHARES - 1) // SHARES).to(tl.int32)
+    return tl.minimum(visible, tl.maximum(read, ALWAYS)) - 1
+
+
+@triton.jit
+def _choose_blocks(
+    scores, chosen, first, share, R, C, S,
+    ALWAYS: tl.constexpr, SHARES: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    own = first + tl.program_id(0) % R
+    room = _blocks_before(own, share, ALWAYS, SHARES)
+    column = tl.arange(0, BLOCK_C)
+    score_C = tl.load(scores + row * C + column, mask=column < own, other=0.0) + 0.0
+    bits_C = score_C.to(tl.int32, bitcast=True)
+    key_C = tl.where(bits_C < 0, ~bits_C, bits_C ^ -2147483648).to(tl.uint32, bitcast=True)
+    always_C = (column == 0) | (column == own - 1)
+    key_C = tl.where(always_C, 4294967295, key_C)
+    key_C = tl.where(column < own, key_C, 0)
+
+    # The lowest key that is chosen, bit by bit from the highest: as high as `room` keys reach.
+    lowest = tl.full((), 0, tl.uint32)
+    for step in range(32):
+        tried = lowest | (tl.full((), 1, tl.uint32) << (31 - step))
+        reach = tl.sum((key_C >= tried).to(tl.int32), axis=0)
+        lowest = tl.where(reach >= room, tried, lowest)
+    above_C = (key_C > lowest) & (column < own)
+    equal_C = (key_C == lowest) & (column < own)
+    spare = room - tl.sum(above_C.to(tl.int32), axis=0)
+    taken_C = above_C | (equal_C & (tl.cumsum(equal_C.to(tl.int32), axis=0) <= spare))
+    place_C = tl.cumsum(taken_C.to(tl.int32), axis=0) - 1
+    tl.store(chosen + row * S + place_C, column, mask=taken_C)
+    tl.store(chosen + row * S + column, -1, mask=(column >= room) & (column < S))
+
+
+@triton.jit
+def _sparse_attention(
+    q, keys, values, chosen, out, scale_log2, first, share, M, S, R, G,
+    D: tl.constexpr, ALWAYS: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Blocks that read most begin first; the query heads of a key head run beside each other.
+    row = R - 1 - tl.program_id(0) // G
+    kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * G
+    head = kv_head * G + tl.program_id(0) % G
+    column, query, token = tl.arange(0, D), tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
+    query_M = (row * BLOCK + query).to(tl.int64)
+    place_M = (query_M * num_heads + head) * D
+    inside_M1 = (query_M < M)[:, None]
+    q_MD = tl.load(q + place_M[:, None] + column[None, :], mask=inside_M1, other=0.0)
+    peak_M = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total_M = tl.zeros((BLOCK,), tl.float32)
+    out_MD = tl.zeros((BLOCK, D), tl.float32)
+
+    # Its own block: of it a query sees what is not later, so nothing behind the last key (read as 0).
+    for start in range(0, BLOCK, BLOCK_N):
+        place = (first + row) * BLOCK + start
+        k_ND = keys.load([place, kv_head * D])
+        score_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee") * scale_log2
+        score_MN = tl.where(query[:, None] >= (start + token)[None, :], score_MN, float("-inf"))
+        higher_M = tl.maximum(peak_M, tl.max(score_MN, axis=1))
+        weight_MN = tl.exp2(score_MN - higher_M[:, None])
+        fade_M = tl.exp2(peak_M - higher_M)
+        total_M = total_M * fade_M + tl.sum(weight_MN, axis=1)
+        v_ND = values.load([place, kv_head * D])
+        out_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None], input_precision="ieee")
+        peak_M = higher_M
+
+    chosen += (head.to(tl.int64) * R + row) * S
+    parts: tl.constexpr = BLOCK // BLOCK_N
+    for step in range(_blocks_before(first + row, share, ALWAYS, SHARES) * parts):
+        place = tl.load(chosen + step // parts) * BLOCK + step % parts * BLOCK_N
+        k_ND = keys.load([place, kv_head * D])
+        score_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
+        higher_M = tl.maximum(peak_M, tl.max(score_MN, axis=1) * scale_log2)
+        weight_MN = tl.exp2(score_MN * scale_log2 - higher_M[:, None])
+        fade_M = tl.exp2(peak_M - higher_M)
+        total_M = total_M * fade_M + tl.sum(weight_MN, axis=1)
+        v_ND = values.load([place, kv_head * D])
+        out_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None], input_precision="ieee")
+        peak_M = higher_M
+    result_MD = (out_MD / total_M[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place_M[:, None] + column[None, :], result_MD, mask=inside_M1)
+
+
+def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """As `reference.sparse_attention`, which also runs what is not 16 to 128 wide, by powers of two.
+
+    Raises ValueError naming an argument of wrong shape, dtype, strides, device, or a number out of range.
+    """
+    num_queries, num_heads, head_dim = q_MHd.shape
+    num_keys, num_kv_heads = k_LKd.shape[:2]
+    require("q_MHd", q_MHd, shape=(num_queries, num_heads, head_dim), like=q_MHd, dtypes=HALF_AND_FLOAT)
+    for name, rows in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
+        require(name, rows, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"q_MHd must have a multiple of k_LKd's {num_kv_heads} heads, got {num_heads}; correct the call"
+        )
+    check_blocks(num_queries, num_keys, density)
+    if head_dim not in _HEAD_SIZES or num_keys > _MOST_KEYS:
+        warn_reference("sparse_attention", f"heads of {head_dim} over {num_keys} keys")
+        return reference.sparse_attention(q_MHd, k_LKd, v_LKd, scale, density)
+    out_MHd = torch.empty_like(q_MHd)
+    chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density)
+    rows, most = chosen_HRS.shape[1:]
+    at_once = _AT_ONCE if q_MHd.element_size() == 2 else _AT_ONCE // 4
+    keys, values = (
+        TensorDescriptor.from_tensor(x_LKd.view(num_keys, -1), [at_once, head_dim])
+        for x_LKd in (k_LKd, v_LKd)
+    )
+    group = num_heads // num_kv_heads
+    _sparse_attention[(rows * group, num_kv_heads)](
+        q_MHd, keys, values, chosen_HRS, out_MHd, scale * _LOG2_E, (num_keys - num_queries) // BLOCK_TOKENS,
+        share_of(density), num_queries, most, rows, group, head_dim, ALWAYS, SHARES, BLOCK_TOKENS, at_once,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out_MHd
+
+
+def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
+    """As `reference.choose_blocks`."""
+    (num_queries, num_heads, head_dim), num_keys = q_MHd.shape, k_LKd.shape[0]
+    first, blocks = (num_keys - num_queries) // BLOCK_TOKENS, num_keys // BLOCK_TOKENS
+    q_RHd = reference.mean_queries(q_MHd)
+    rows = q_RHd.shape[0]
+    # Whatever is last reads most: counts grow with the place.
+    most = max(1, blocks_read(first + rows - 1, density) - 1)
+    chosen_HRS = torch.empty((num_heads, rows, most), dtype=torch.int32, device=q_MHd.device)
+    scores_HRC = torch.empty((num_heads, rows, blocks), dtype=torch.float32, device=q_MHd.device)
+    if blocks:
+        _block_scores[(blocks, triton.cdiv(rows, _BLOCK_R), num_heads)](
+            q_RHd, k_LKd, scores_HRC, scale * _LOG2_E, first, rows, blocks, num_heads // k_LKd.shape[1],
+            head_dim, BLOCK_TOKENS, _BLOCK_R, num_warps=4,
+        )  # fmt: skip
+    wide = power_of_two(max(first + rows, most))
+    _choose_blocks[(num_heads * rows,)](
+        scores_HRC, chosen_HRS, first, share_of(density), rows, blocks, most, ALWAYS, SHARES, wide,
+        num_warps=min(max(wide // 256, 1), 16),
+    )  # fmt: skip
+    return chosen_HRS
