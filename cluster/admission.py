@@ -63,7 +63,8 @@ def request_bytes(request: Request, info: EngineInfo) -> int:
 def demand(request: Request, info: EngineInfo) -> Demand:
     """What the scheduler has to know of a request that `check_request` lets pass."""
     method, shape = request.method, info.shape
-    depth = method.schedule_for(shape.num_layers).first_skip_layer
+    schedule, prefix_tokens = method.schedule_for(shape.num_layers), request.prefix_tokens
+    depth, block_tokens = schedule.first_skip_layer, schedule.block_tokens
     work = method.planned_work(shape.num_layers, len(request.token_ids))
     flops = cost.prefill_flops(shape, work, info.proxy).total
     if request.follow:  # the dense run to compare with too, and in both of them the given tokens but the last
@@ -77,11 +78,12 @@ def demand(request: Request, info: EngineInfo) -> Demand:
         token_ids=request.token_ids,
         kv_bytes=request_bytes(request, info),
         flops=flops,
-        depth=depth,
+        layers=(depth, schedule.attention_density),
         document_bytes=cost.prefix_bytes(
             shape, 1, depth, dtype_bytes=info.dtype_bytes, world_size=info.world_size
         ),
-        prefix_tokens=request.prefix_tokens,
+        block_tokens=block_tokens,
+        prefix_tokens=None if prefix_tokens is None else prefix_tokens - prefix_tokens % block_tokens,
     )
 
 

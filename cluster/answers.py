@@ -11,6 +11,7 @@ from typing import Any, Literal
 from cluster.api import StreamOptions
 from cluster.protocol import FinishReason, Prefilled
 from cluster.tokenizer import TextTokenizer
+from spts.cost import pairs_share
 from spts.sampling import TokenLogprobs
 
 Endpoint = Literal["completion", "chat"]
@@ -64,9 +65,11 @@ class Usage:
         """OpenAI's counts, and `spts`: what the prefills of all choices kept and skipped.
 
         kv_tokens: prompt tokens in the KV cache, summed over layers; kv_tokens_full: those of a dense
-        prefill. skipped_share: share of (token, block) computations that were skipped, attention and FFN
-        blocks of all layers. flops_share: FLOP of the prefill, as a share of a dense one's. kv_bytes: of the
-        prompts; kv_bytes_full: those of dense prefills. activity: of the one choice that may ask for it.
+        prefill. attention_density: share of their pairs of a query and a key that layers with sparse
+        attention read, 1.0 without any. skipped_share: share of (token, block) computations that were
+        skipped, attention and FFN blocks of all layers. flops_share: FLOP of the prefill, as a share of a
+        dense one's. kv_bytes: of the prompts; kv_bytes_full: those of dense prefills. activity: of the one
+        choice that may ask for it.
         """
         work = [layer for prefilled in self.prefills for layer in prefilled.work]
         full = sum(prefilled.work[0].candidates * len(prefilled.work) for prefilled in self.prefills)
@@ -81,6 +84,7 @@ class Usage:
                 "method": self.method,
                 "kv_tokens": sum(prefilled.kv_tokens for prefilled in self.prefills),
                 "kv_tokens_full": full,
+                "attention_density": round(pairs_share(work), 6),
                 "skipped_share": round(1 - ran / (2 * full), 6) if full else 0.0,
                 "flops_share": round(sum(p.flops for p in self.prefills) / dense, 6) if dense else 1.0,
                 "kv_bytes": sum(prefilled.kv_bytes for prefilled in self.prefills),

@@ -1,5 +1,9 @@
 """Which beginnings of prompts the ranks keep, what a new prompt can reuse of them, and which go first.
 
+A beginning is good for prompts that run the same first layers in the same way: `layers` says how many these
+are, and the density of their attention (`spts.schedule.Schedule`). Where it is below 1, whole blocks of
+tokens are kept and reused.
+
 A tree: a kept prompt that began like another goes on from it, and its own part holds only the tokens that are
 new. So a document is there once, with the questions about it as branches. What is found is the longest
 common beginning, token by token: the tokens themselves are compared, so a match is exact. Ranks hold the
@@ -18,6 +22,10 @@ from dataclasses import dataclass
 LEAST_TOKENS = 64
 
 
+Layers = tuple[int, float]
+"""Layers that a beginning has run, and the density of their attention."""
+
+
 @dataclass(kw_only=True, eq=False)
 class Document:
     """A kept beginning: the first `begins` tokens of `before`, then `token_ids`.
@@ -27,7 +35,7 @@ class Document:
     """
 
     name: int
-    depth: int
+    layers: Layers
     before: Document | None
     begins: int
     token_ids: tuple[int, ...]
@@ -69,38 +77,41 @@ class Documents:
         self.version = 0
         self._kept: OrderedDict[int, Document] = OrderedDict()  # the least recently used first
         self._reserved: dict[int, Document] = {}
-        # By what they go on from (a depth at the root), after how many tokens, with which token.
-        self._next: dict[tuple[Document | int, int, int], list[Document]] = {}
-        # By their depth and the first LEAST_TOKENS of their prompt: those that hold the last of these. Most
+        # By what they go on from (the layers at the root), after how many tokens, with which token.
+        self._next: dict[tuple[Document | Layers, int, int], list[Document]] = {}
+        # By their layers and the first LEAST_TOKENS of their prompt: those that hold the last of these. Most
         # prompts begin with a template, so their first token tells few of them apart.
-        self._beginnings: dict[tuple[int, tuple[int, ...]], list[Document]] = {}
+        self._beginnings: dict[tuple[Layers, tuple[int, ...]], list[Document]] = {}
         self._num_next: dict[int, int] = {}
         self._forgotten: list[int] = []
         self._names = 0
 
     def find(
-        self, token_ids: tuple[int, ...], depth: int, limit: int, least: int = 1
+        self, token_ids: tuple[int, ...], layers: Layers, limit: int, least: int = 1, block_tokens: int = 1
     ) -> tuple[Document | None, int]:
         """The document with the longest common beginning, and its length, at most `limit` tokens.
 
-        depth: the layers that the beginning has to have run. least: shorter ones are not wanted: (None, 0).
+        layers: those that the beginning has to have run. least: shorter ones are not wanted: (None, 0).
+        block_tokens: the length is a multiple of it; all that is kept of these layers ends at one.
         """
         if limit < least:
             return None, 0
         found, length = None, 0
-        place: Document | int = depth
+        place: Document | Layers = layers
         while length < limit:
             if length == 0 and least >= LEAST_TOKENS:
-                after = self._beginnings.get((depth, token_ids[:LEAST_TOKENS]))
+                after = self._beginnings.get((layers, token_ids[:LEAST_TOKENS]))
             else:
                 after = self._next.get((place, length, token_ids[length]))
             if not after:
                 break
             for each in after:
                 end = each.begins + _common(each.token_ids, token_ids, each.begins, limit)
+                end -= end % block_tokens
                 if end > length:
                     found, length = each, end
-            assert found is not None, "they begin with the same token"
+            if found is None or found is place:  # no whole block more
+                break
             place = found
         return (found, length) if length >= least else (None, 0)
 
@@ -114,13 +125,18 @@ class Documents:
                 self._kept.move_to_end(each.name)
 
     def reserve(
-        self, token_ids: tuple[int, ...], depth: int, before: Document | None, begins: int, num_bytes: int
+        self,
+        token_ids: tuple[int, ...],
+        layers: Layers,
+        before: Document | None,
+        begins: int,
+        num_bytes: int,
     ) -> Document:
         """Count a document that a prefill will leave: `token_ids` after the first `begins` of `before`."""
         self._names += 1
         document = Document(
             name=self._names,
-            depth=depth,
+            layers=layers,
             before=before if begins else None,
             begins=begins,
             token_ids=token_ids,
@@ -196,15 +212,15 @@ class Documents:
         self._forgotten.append(document.name)
 
     @staticmethod
-    def _beginning(document: Document) -> tuple[int, tuple[int, ...]] | None:
+    def _beginning(document: Document) -> tuple[Layers, tuple[int, ...]] | None:
         if document.begins < LEAST_TOKENS <= document.num_tokens:
-            return document.depth, document.first_tokens(LEAST_TOKENS)
+            return document.layers, document.first_tokens(LEAST_TOKENS)
         return None
 
     @staticmethod
-    def _place(document: Document) -> tuple[Document | int, int, int]:
+    def _place(document: Document) -> tuple[Document | Layers, int, int]:
         return (
-            document.depth if document.before is None else document.before,
+            document.layers if document.before is None else document.before,
             document.begins,
             document.token_ids[0],
         )

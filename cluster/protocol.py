@@ -61,7 +61,8 @@ class Request:
     prefix_tokens: what does not depend on later tokens (every layer before the method's first_skip_layer) is
     computed once for prompts that begin alike, as long as there is room to keep it. None = as much of the
     prompt as has been seen before is reused, and as much of it as there is room for is kept. A number,
-    smaller than that of the tokens = the first so many are reused or kept, and no others.
+    smaller than that of the tokens = the first so many are reused or kept, and no others; where these layers'
+    attention is sparse, as many whole blocks of 128 as it has.
     activity_bins: into how many parts of the prompt to sum up what each layer computed (`Activity`); 0 = not
     asked for. ignore_eos: the model's own end tokens do not end the answer.
     follow: token ids taken in place of the model's choice, and compared with the dense model's distributions

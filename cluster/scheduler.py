@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.documents import LEAST_TOKENS, Document, Documents
+from cluster.documents import LEAST_TOKENS, Document, Documents, Layers
 from cluster.protocol import EngineError
 from spts.cost import ModelShape, reused_flops
 
@@ -26,17 +26,19 @@ from spts.cost import ModelShape, reused_flops
 class Demand:
     """What a request takes.
 
-    kv_bytes: the most it holds on a rank at any time. flops: until its first token, nothing reused. depth:
-    layers that run all of its tokens; document_bytes: of one token kept after them, on a rank. prefix_tokens:
-    as in `cluster.protocol.Request`.
+    kv_bytes: the most it holds on a rank at any time. flops: until its first token, nothing reused. layers:
+    those that run all of its tokens; document_bytes: of one token kept after them, on a rank; block_tokens:
+    what is kept or reused is a multiple of it (`Schedule.block_tokens`), prefix_tokens too, which is else as
+    in `cluster.protocol.Request`.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     kv_bytes: int
     flops: int
-    depth: int = 0
+    layers: Layers = (0, 1.0)
     document_bytes: int = 0
+    block_tokens: int = 1
     prefix_tokens: int | None = None
 
 
@@ -239,7 +241,7 @@ class Scheduler:
         version, flops = self._left.get(demand.request_id, (None, 0))
         if version != self._documents.version:
             _, length = self._find(demand)
-            flops = demand.flops - reused_flops(self._shape, length, demand.depth)
+            flops = demand.flops - reused_flops(self._shape, length, *demand.layers)
             self._left[demand.request_id] = (self._documents.version, flops)
         return flops
 
@@ -249,7 +251,7 @@ class Scheduler:
         limit = least = demand.prefix_tokens
         if limit is None or least is None:
             limit, least = len(demand.token_ids) - 1, LEAST_TOKENS
-        return self._documents.find(demand.token_ids, demand.depth, limit, least)
+        return self._documents.find(demand.token_ids, demand.layers, limit, least, demand.block_tokens)
 
     def _begin(self, demand: Demand) -> Start:
         """Reserve the memory of a request that fits, and see what it can reuse and what it will leave."""
@@ -268,16 +270,20 @@ class Scheduler:
         documents.shrink(room)
         leaves = None
         in_use = documents.num_bytes - documents.free_bytes
-        if demand.depth and given is None:  # as much as there is room for
+        depth, _ = demand.layers
+        if depth and given is None:  # as much as there is room for
             limit = min(limit, length + (room - in_use) // demand.document_bytes)
+            limit -= limit % demand.block_tokens
         num_bytes = (limit - length) * demand.document_bytes
         enough = limit - length >= (LEAST_TOKENS if given is None else 1)
-        if demand.depth and enough and num_bytes <= room - in_use:
+        if depth and enough and num_bytes <= room - in_use:
             documents.shrink(room - num_bytes)
-            leaves = documents.reserve(demand.token_ids[length:limit], demand.depth, reads, length, num_bytes)
+            leaves = documents.reserve(
+                demand.token_ids[length:limit], demand.layers, reads, length, num_bytes
+            )
         self._prefills[demand.request_id] = _Prefill(
             demand=demand,
-            flops_left=demand.flops - reused_flops(self._shape, length, demand.depth),
+            flops_left=demand.flops - reused_flops(self._shape, length, *demand.layers),
             reads=reads,
             leaves=leaves,
         )

@@ -241,7 +241,12 @@ class Stepper:
             dense_kv_bytes=cost.dense_kv_bytes(model.shape, num_tokens, model.dtype.itemsize),
             activity=summed_up(state.trace, num_tokens, request.activity_bins) if state.tracing else None,
             reused_tokens=state.reused_tokens,
-            reused_flops=cost.reused_flops(model.shape, state.reused_tokens, state.schedule.first_skip_layer),
+            reused_flops=cost.reused_flops(
+                model.shape,
+                state.reused_tokens,
+                state.schedule.first_skip_layer,
+                state.schedule.attention_density,
+            ),
         )
 
 

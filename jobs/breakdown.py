@@ -26,6 +26,7 @@ _OPERATIONS = {
     "last_query_probe": "probe",
     "last_queries_probe": "probe",
     "causal_attention": "attention",
+    "sparse_attention": "attention",
     "top_rows": "select",
     "gather_rows": "gather",
     "add_rows_in_place": "scatter",

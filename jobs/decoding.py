@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from jobs.timing import Case
+from jobs.cases import Case
 
 if TYPE_CHECKING:
     from spts.cache import RaggedCache

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from cluster.protocol import EngineError
 from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
+from jobs.cases import Case, plan
 from jobs.decoding import DecodeRow, decode_rows, decode_table, room_tokens
 from jobs.options import describe_schedule, write_json
 from jobs.provenance import versions
-from jobs.timing import Case, Part, Row, measure, parts_table, plan, table, work_faults
+from jobs.timing import Part, Row, measure, parts_table, table, work_faults
 from spts.errors import ConfigError, SptsError, require_int
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
         "--schedule", default="llama-3.1-8b", help="preset, scaled to the model, or a YAML file"
     )
     args.add_argument("--published", action="store_true", help="a preset's own budgets at every length")
+    args.add_argument(
+        "--density", type=float, nargs="+", default=[],
+        help="spts also with sparse attention before its first skipping layer: shares of blocks to read",
+    )  # fmt: skip
     args.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one to warm up")
     args.add_argument("--tokens-out", type=int, default=16, help="tokens per answer, the first included")
     args.add_argument("--dtype", default="float32", choices=tuple(DTYPE_BYTES))
@@ -92,6 +97,7 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
             proxy=arena.proxy,
             dtype_bytes=DTYPE_BYTES[args.dtype],
             published=args.published,
+            densities=args.density,
         )
         for length in args.lengths
     ]
@@ -161,7 +167,7 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
     prompt, follow = _prompt(args, arena, case)
     contestants = [arena.enter(name, method) for name, method in case.methods.items()]
     contestants += arena.rivals
-    total = len(contestants) * (args.repeats + 1) + 1
+    total = len(contestants) * (args.repeats + 1) + 1 + case.is_sparse
     with tqdm(desc=f"{case.length} tokens", unit="run", total=total) as bar:
         warm = {}
         for each in contestants:
@@ -171,6 +177,10 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
         bar.update()
         faults = work_faults(case, warm, arena.shape)
         equal = {"spts with budgets that cover the prompt": full}
+        if case.is_sparse:
+            sparse = arena.enter("full, sparse", case.full(sparse=True)).run(prompt, follow)
+            equal["spts with sparse attention that reads everything"] = sparse
+            bar.update()
         equal |= {rival.name: warm[rival.name] for rival in arena.rivals}
         for name, run in equal.items():
             if problem := disagreement(run.answer, warm["dense"].answer, TOLERANCE[args.dtype]):

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _LINES = {
     "pap": ("PAP", "#b58900", "P"),
     "transformers": ("transformers", "#d55e00", "^"),
 }
+_SPARSE = "spts, density "  # and a share: how `jobs.cases.plan` calls them
+_SPARSE_COLOURS = ("#cc79a7", "#8e4585", "#4b2142")
 # Kinds of operations from the bottom of a bar up; all that is not listed is summed as the last.
 _KINDS = {
     "attention": ("attention", "#0072b2"),
@@ -56,7 +59,10 @@ def draw(reports: Sequence[Mapping[str, Any]], path: Path, *, length: int) -> No
         )
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for method, (label, colour, marker) in _LINES.items():
+    sparse = sorted({row["method"] for row in rows if row["method"].startswith(_SPARSE)})
+    shades = zip(sparse, cycle(_SPARSE_COLOURS))
+    lines = {method: (method.replace("spts", "SPTS"), colour, "v") for method, colour in shades}
+    for method, (label, colour, marker) in {**lines, **_LINES}.items():
         own = [row for row in rows if row["method"] == method]
         lengths = [row["length_tokens"] / 1024 for row in own]
         left.plot(
@@ -66,9 +72,9 @@ def draw(reports: Sequence[Mapping[str, Any]], path: Path, *, length: int) -> No
             marker=marker,
             label=label,
         )
-        if method == "spts":
+        if method == "spts" or method in sparse:
             ideal = [row["predicted_speedup_ratio"] for row in own]
-            left.plot(lengths, ideal, color=colour, linestyle=":", label="SPTS, FLOP ratio")
+            left.plot(lengths, ideal, color=colour, linestyle=":", label=f"{label}, FLOP ratio")
             for row, x in zip(own, lengths, strict=True):
                 ratio = row["speedup_vs_fastest_dense_ratio"]
                 left.annotate(f"{ratio:.2f}×", (x, ratio), (0, 8), textcoords="offset points", ha="center")

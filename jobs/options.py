@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:
     """The schedule that `--schedule` means for a model and a prompt length.
 
     choice: a preset's name, scaled to the model's depth and the length; or a YAML file with what a sweep's
-    `schedule` may hold: {preset, scaled}, or a schedule's own keys, with `reference_tokens` to have it
-    scaled.
+    `schedule` may hold: {preset, scaled, attention_density}, or a schedule's own keys, with
+    `reference_tokens` to have it scaled.
 
     Worked example: "llama-3.1-8b" for 32 layers and 4,096 tokens has an eighth of the budgets that it has at
     32,768.
@@ -49,22 +50,27 @@ def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:
 def schedule_from(data: object, *, num_layers: int, num_tokens: int) -> Schedule:
     """The schedule that a mapping of a configuration means for a model and a prompt length.
 
-    {preset: NAME} is the preset as published, {preset: NAME, scaled: true} fitted to depth and length; else
-    `data` has a schedule's own keys, and is fitted if it also has reference_tokens. Raises ConfigError naming
-    the key.
+    {preset: NAME} is the preset as published, {preset: NAME, scaled: true} fitted to depth and length, either
+    with an attention_density if there is one; else `data` has a schedule's own keys, and is fitted if it also
+    has reference_tokens. Raises ConfigError naming the key.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"schedule must be a mapping, got {data!r}; correct it", field="schedule")
     if "preset" in data:
-        check_keys("schedule", data, required=("preset",), optional=("scaled",))
+        check_keys("schedule", data, required=("preset",), optional=("scaled", "attention_density"))
         name, scaled = str(data["preset"]), data.get("scaled", False)
         if not isinstance(scaled, bool):
             raise ConfigError(
                 f"schedule.scaled must be true or false, got {scaled!r}; correct it", field="schedule"
             )
+        preset = Schedule.preset(name)
         if scaled:
-            return Schedule.preset(name, num_layers=num_layers, num_tokens=num_tokens)
-        return Schedule.preset(name)
+            preset = Schedule.preset(name, num_layers=num_layers, num_tokens=num_tokens)
+        density = data.get("attention_density", preset.attention_density)
+        try:
+            return replace(preset, attention_density=density)
+        except ConfigError as error:
+            raise ConfigError(f"schedule.{error}", field=f"schedule.{error.field}") from None
     own = {key: value for key, value in data.items() if key != "reference_tokens"}
     schedule = Schedule.from_dict(own)
     if "reference_tokens" not in data:
@@ -78,12 +84,14 @@ def schedule_from(data: object, *, num_layers: int, num_tokens: int) -> Schedule
 def describe_schedule(schedule: Schedule) -> str:
     """One line for a terminal.
 
-    Example: "dense before layer 4; 4-6: 512 tokens, then keep 320; 7: 256 tokens; the last 32 in every
-    choice".
+    Example: "dense before layer 4, attention to 0.1 of the blocks; 4-6: 512 tokens, then keep 320; 7: 256
+    tokens; the last 32 in every choice".
     """
+    density = schedule.attention_density
+    sparse = f", attention to {density:.4g} of the blocks" if density < 1 else ""
     if not schedule.stages:
-        return "every layer dense"
-    parts = [f"dense before layer {schedule.first_skip_layer}"]
+        return f"every layer dense{sparse}"
+    parts = [f"dense before layer {schedule.first_skip_layer}{sparse}"]
     first = schedule.first_skip_layer
     for stage in schedule.stages:
         cut = "" if stage.keep_tokens is None else f", then keep {stage.keep_tokens}"

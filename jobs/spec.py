@@ -51,7 +51,8 @@ class EngineSpec(Strict):
 class MethodSpec(Strict):
     """One method with its parameters.
 
-    schedule: a preset's name; {preset, scaled}; or a schedule's own keys, with reference_tokens to scale it.
+    schedule: a preset's name; {preset, scaled, attention_density}; or a schedule's own keys, with
+    reference_tokens to scale it.
     A scaled schedule is fitted to the model's depth and to each prompt length. label: its name in reports,
     unique; None = the method's name. proxies: folder of fitted proxies, of a method that needs them; None =
     the sweep's. All other keys: the fields of the method's class in `spts.methods`.

@@ -1,4 +1,4 @@
-"""A comparison of methods at one prompt length: what each should cost, timed runs in turns, rows of a table.
+"""A comparison of methods at one prompt length: timed runs in turns, rows of a table.
 
 Knows neither torch nor Ray: who is timed is a `Contestant`.
 """
@@ -6,16 +6,13 @@ Knows neither torch nor Ray: who is timed is a `Contestant`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
 
 from jobs.aligned import aligned
-from jobs.options import read_schedule
-from spts.cost import LayerWork, ModelShape, ProxyShape, kv_bytes, prefill_flops
-from spts.errors import ConfigError
-from spts.methods import Dense, Method, Random, Recency, Spts
-from spts.schedule import Schedule
+from jobs.cases import Case
+from spts.cost import LayerWork, ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +43,14 @@ class Contestant(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One prompt length: the methods to time there by name, dense first, and what each should cost."""
-
-    length: int
-    schedule: Schedule
-    methods: Mapping[str, Method]
-    flops: Mapping[str, int]
-    kv_bytes: Mapping[str, int]
-
-    def predictions(self) -> list[str]:
-        """A line for each method: FLOP, their ratio to dense, KV bytes."""
-        dense = self.flops["dense"]
-        return [
-            f"{name:<8} {flops:.3e} FLOP, {self.kv_bytes[name] / 2**20:.1f} MiB KV"
-            + (f"; {dense / flops:.2f}x fewer FLOP than dense" if name != "dense" else "")
-            for name, flops in self.flops.items()
-        ]
-
-    def full(self) -> Spts:
-        """SPTS with budgets that cover the prompt: it has to equal dense."""
-        stages = tuple(
-            replace(stage, active_tokens=self.length, keep_tokens=None) for stage in self.schedule.stages
-        )
-        # Nothing is left to choose, so no token needs to be kept; a prompt may have fewer than were to be.
-        return Spts(schedule=replace(self.schedule, stages=stages, recent_tokens=1))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Row:
     """What was measured of one method at one length; ratios are medians over rounds of interleaved runs.
 
     first_ttft_s: of the run before, which compiles what a length is the first to need. end_to_end: first
     token and all later ones. fastest dense: of this library's dense and its rivals the one with the lowest
     median. The ratios by processor time are what other programs on the machine disturb least.
+    attention_density: share of their pairs of a query and a key that layers with sparse attention read; 1.0
+    without any.
     """
 
     method: str
@@ -96,6 +67,7 @@ class Row:
     predicted_kv_bytes: int
     predicted_flop: int
     predicted_speedup_ratio: float
+    attention_density: float
     achieved_flop_per_s: float
     speedup_vs_dense_ratio: float
     speedup_vs_fastest_dense_ratio: float
@@ -119,57 +91,6 @@ class Part:
     part: str
     seconds: float
     calls: int
-
-
-def plan(
-    shape: ModelShape,
-    length: int,
-    *,
-    names: Sequence[str],
-    schedule: str,
-    proxy: ProxyShape | None,
-    dtype_bytes: int,
-    published: bool = False,
-) -> Case:
-    """The methods at one length and their cost. published: the budgets of a preset as they are, not scaled.
-
-    "pap" and "pap+ltp" are the paper's steps towards its method: the first stage's budget in all deep layers
-    and no cut, with every token in the FFN and then with the proxies' choice there.
-
-    Raises ConfigError for an unknown method or schedule.
-    """
-    if published:
-        wanted = Schedule.preset(schedule)
-    else:
-        wanted = read_schedule(schedule, num_layers=shape.num_layers, num_tokens=length)
-    makers: dict[str, Callable[[], Method]] = {
-        "pap": lambda: Spts(schedule=_uncut(wanted), ffn_score="dense"),
-        "pap+ltp": lambda: Spts(schedule=_uncut(wanted)),
-        "spts": lambda: Spts(schedule=wanted),
-        "random": lambda: Random(schedule=wanted),
-        "recency": lambda: Recency(schedule=wanted),
-    }
-    for name in names:
-        if name not in makers:
-            raise ConfigError(
-                f"methods must be of {', '.join(makers)}, got {name!r}; dense is always timed",
-                field="methods",
-            )
-    methods: dict[str, Method] = {"dense": Dense(), **{name: makers[name]() for name in names}}
-    work = {name: method.planned_work(shape.num_layers, length) for name, method in methods.items()}
-    return Case(
-        length=length,
-        schedule=wanted,
-        methods=methods,
-        flops={name: prefill_flops(shape, done, proxy).total for name, done in work.items()},
-        kv_bytes={name: kv_bytes(shape, done, dtype_bytes) for name, done in work.items()},
-    )
-
-
-def _uncut(schedule: Schedule) -> Schedule:
-    first = schedule.stages[0]
-    whole = replace(first, last_layer=schedule.num_layers - 1, keep_tokens=None)
-    return replace(schedule, stages=(whole,))
 
 
 def measure(
@@ -241,6 +162,7 @@ def _row(
         predicted_kv_bytes=case.kv_bytes[own],
         predicted_flop=case.flops[own],
         predicted_speedup_ratio=case.flops["dense"] / case.flops[own],
+        attention_density=case.pairs_share[own],
         achieved_flop_per_s=case.flops[own] / median(ttfts),
         speedup_vs_dense_ratio=speedup,
         speedup_vs_fastest_dense_ratio=speedup_fastest,

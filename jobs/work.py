@@ -53,7 +53,8 @@ class Work:
 class Group:
     """What one engine does in one go: a context and its questions, in one cell.
 
-    prefix_tokens: tokens that all prompts of the context begin with; 0 = none, or nobody to share them with.
+    prefix_tokens: tokens that all prompts of the context begin with, in whole blocks of the cell's schedule
+    (`Schedule.block_tokens`); 0 = none, or nobody to share them with.
     order: groups run in ascending order of it, most expensive context first (as if nothing were shared), its
     methods side by side: they are timed under like conditions and can use what is kept of the context.
     """
@@ -212,15 +213,10 @@ class _Maker:
         peaks = {name: max(_flops(groups[name]) for groups in members) for name in contexts}
         for (prepared, cell), groups in zip(users, members, strict=True):
             prepared.costs[cell.record.label, cell.length].groups += len(groups)
-            prepared.groups.extend(
-                Group(
-                    cell=cell,
-                    members=_reusing(prepared, cell, works, contexts[name].prefix_tokens),
-                    prefix_tokens=contexts[name].prefix_tokens,
-                    order=(-peaks[name], contexts[name].number, -_flops(works)),
-                )
-                for name, works in groups.items()
-            )
+            for name, works in groups.items():
+                order = (-peaks[name], contexts[name].number, -_flops(works))
+                group = _group(prepared, cell, works, contexts[name].prefix_tokens, order)
+                prepared.groups.append(group)
         return got
 
     def _join(self, contexts: dict[str, _Context], name: str, place: int, token_ids: tuple[int, ...]) -> None:
@@ -334,13 +330,21 @@ def _count(prepared: Prepared, cell: Cell, num_tokens: int) -> float:
     return flops
 
 
-def _reusing(prepared: Prepared, cell: Cell, works: list[Work], prefix_tokens: int) -> tuple[Work, ...]:
-    """The work on a context when all but the first of it reuse its beginning; counts what that saves."""
+def _group(
+    prepared: Prepared, cell: Cell, works: list[Work], common: int, order: tuple[float, int, float]
+) -> Group:
+    """The work on a context whose prompts have `common` tokens in common: all but the first of it reuse
+    them; counts what that saves."""
     shape = prepared.plan.shape
-    depth = cell.method.schedule_for(shape.num_layers).first_skip_layer
-    saved = float(reused_flops(shape, prefix_tokens, depth)) if len(works) > 1 else 0.0
+    schedule = cell.method.schedule_for(shape.num_layers)
+    prefix_tokens = common - common % schedule.block_tokens
+    saved = 0.0
+    if len(works) > 1:
+        depth = schedule.first_skip_layer
+        saved = float(reused_flops(shape, prefix_tokens, depth, schedule.attention_density))
     prepared.costs[cell.record.label, cell.length].reused_flops += saved * (len(works) - 1)
-    return (works[0], *(replace(work, flops=work.flops - saved) for work in works[1:]))
+    members = (works[0], *(replace(work, flops=work.flops - saved) for work in works[1:]))
+    return Group(cell=cell, members=members, prefix_tokens=prefix_tokens, order=order)
 
 
 def _dtype_bytes(cell: Cell) -> int:

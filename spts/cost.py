@@ -1,12 +1,13 @@
-"""What a prefill costs: FLOP, KV bytes and collective bytes, counted from what each layer did.
+"""What a prefill costs: FLOP and KV bytes, counted from what each layer did.
 
 `LayerWork` says what happened in one layer. `planned_work` predicts it from a schedule before the prompt runs
 (budgets are counts, so the prediction is exact), `spts.layer` reports it, and every cost here is counted from
 it: one set of formulas for all methods, predicted or measured.
 
 FLOP are those of matrix products, a multiply-add being 2: norms, RoPE, softmax, activations, gathers and
-sorts are left out. Causal attention over N tokens counts 2 * N^2 * H * d, half of the full square. Standard
-library only.
+sorts are left out. Causal attention over N tokens counts 2 * N^2 * H * d, half of the full square: of the
+pair of a query with its own key, half. Where it is sparse, the pairs that it reads are counted likewise; what
+it takes to choose them is left out. Standard library only.
 
 Legend: D hidden size, F FFN inner size, H query heads, Hk key/value heads, d head size, V vocabulary, C
 candidates.
@@ -14,15 +15,13 @@ candidates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isqrt
 
 from spts.errors import config_error, require_int
+from spts.kernels.blocks import BLOCK_TOKENS, pairs_read
 from spts.schedule import Schedule
-
-_SCORE_BYTES = 4  # scores are float32
-_INDEX_BYTES = 8  # selected indices are int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,8 @@ class LayerWork:
 
     candidates: tokens alive when it started. attention_tokens, ffn_tokens: those that ran each block.
     probe_tokens: queries that PAP read, so K was projected for every candidate; 0 = it did not run. proxied:
-    the LTP proxy ran on every candidate.
+    the LTP proxy ran on every candidate. attention_density: share of the blocks of keys that its attention
+    was to read (`spts.kernels.blocks`), 1.0 = all.
     """
 
     candidates: int
@@ -116,6 +116,7 @@ class LayerWork:
     ffn_tokens: int
     probe_tokens: int
     proxied: bool
+    attention_density: float = 1.0
 
     @property
     def probed(self) -> bool:
@@ -153,6 +154,7 @@ def planned_work(
                 ffn_tokens=active if skips_ffn else candidates,
                 probe_tokens=min(probe, candidates) if skips or cuts else 0,
                 proxied=proxy and skips,
+                attention_density=schedule.density(layer),
             )
         )
         candidates = kept
@@ -207,7 +209,7 @@ def prefill_flops(shape: ModelShape, work: Sequence[LayerWork], proxy: ProxyShap
 
     Raises ConfigError when `work` has not one entry per layer, or says that a proxy ran and `proxy` is None.
     """
-    _check_depth(shape, work)
+    check_depth(shape, work)
     if proxy is None and any(layer.proxied for layer in work):
         raise config_error(
             "proxy", "be given when a layer ran its proxy", "None", "pass the proxies' ProxyShape"
@@ -235,7 +237,7 @@ def layer_flops(shape: ModelShape, work: LayerWork, proxy: ProxyShape | None) ->
         key=kv_row * (work.candidates if work.probed else work.attention_tokens),
         value=kv_row * work.attention_tokens,
         output=q_row * work.attention_tokens,
-        attention=attended * work.attention_tokens**2,
+        attention=attended * _square(0, work.attention_tokens, work.attention_density),
         probe=q_row * work.probe_tokens + attended * probe_pairs,
         proxy=proxy_row * work.candidates,
         ffn=6 * shape.hidden_size * shape.intermediate_size * work.ffn_tokens,
@@ -247,7 +249,7 @@ def dense_flops(shape: ModelShape, num_tokens: int) -> Flops:
     return prefill_flops(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens))
 
 
-def rows_flops(shape: ModelShape, before: int, rows: int) -> int:
+def rows_flops(shape: ModelShape, before: int, rows: int, density: float = 1.0) -> int:
     """FLOP of `rows` tokens in one dense layer, when `before` tokens come before them.
 
     R rows pass the linear layers. They attend to what they and the P tokens before them see, 2 H d
@@ -255,17 +257,29 @@ def rows_flops(shape: ModelShape, before: int, rows: int) -> int:
 
         R * (4 D H d + 4 D Hk d + 6 D F) + 2 H d ((P + R)^2 - P^2)
 
-    Example: one token, alone in one layer of LLaMA-3.1-8B, 436 MFLOP.
+    density: of the layer's attention; below 1, P is a multiple of BLOCK_TOKENS, and twice the pairs that are
+    read take the place of the difference of squares. Example: one token, alone in one layer of LLaMA-3.1-8B,
+    436 MFLOP.
     """
     linear, attended = _row_costs(shape)
-    return rows * linear + attended * ((before + rows) ** 2 - before**2)
+    return rows * linear + attended * _square(before, rows, density)
 
 
-def rows_within(shape: ModelShape, before: int, flops: int) -> int:
-    """The most rows whose `rows_flops` are at most `flops`."""
+def rows_within(shape: ModelShape, before: int, most: int, flops: int, density: float = 1.0) -> int:
+    """The most rows, at most `most`, whose `rows_flops` are at most `flops`; below density 1 all of them, or
+    whole blocks of BLOCK_TOKENS."""
+    if density < 1:
+        rows = 0
+        while rows < most:
+            block = min(BLOCK_TOKENS, most - rows)
+            flops -= rows_flops(shape, before + rows, block, density)
+            if flops < 0:
+                break
+            rows += block
+        return rows
     linear, attended = _row_costs(shape)
     half = linear + 2 * attended * before  # attended R^2 + half R = flops, solved for R
-    return (isqrt(half * half + 4 * attended * flops) - half) // (2 * attended)
+    return min(most, (isqrt(half * half + 4 * attended * flops) - half) // (2 * attended))
 
 
 def _row_costs(shape: ModelShape) -> tuple[int, int]:
@@ -275,12 +289,32 @@ def _row_costs(shape: ModelShape) -> tuple[int, int]:
     return linear, 2 * shape.num_heads * shape.head_dim
 
 
-def reused_flops(shape: ModelShape, prefix_tokens: int, depth: int) -> int:
+def _square(before: int, rows: int, density: float) -> int:
+    """Twice the pairs that the attention of `rows` reads, half of each row's with itself: at density 1 the
+    difference of squares."""
+    if density == 1:
+        return (before + rows) ** 2 - before**2
+    return 2 * pairs_read(before + rows, density, before) - rows
+
+
+def pairs_share(work: Iterable[LayerWork]) -> float:
+    """Share of their pairs of a query and a key that layers with sparse attention read; 1.0 without any.
+
+    Example: at density 0.1 it is 0.114 of 8,192 tokens, as the blocks that are always read come on top.
+    """
+    sparse = [layer for layer in work if layer.attention_density < 1]
+    if not sparse:
+        return 1.0
+    read = sum(pairs_read(layer.attention_tokens, layer.attention_density) for layer in sparse)
+    return read / sum(layer.attention_tokens * (layer.attention_tokens + 1) // 2 for layer in sparse)
+
+
+def reused_flops(shape: ModelShape, prefix_tokens: int, depth: int, density: float = 1.0) -> int:
     """FLOP that a prefill does not do when the first `prefix_tokens` of its tokens are kept after `depth`
-    dense layers: what these tokens alone cost there."""
+    dense layers with attention of `density`: what these tokens alone cost there."""
     require_int("prefix_tokens", prefix_tokens, minimum=0)
     require_int("depth", depth, minimum=0)
-    return depth * rows_flops(shape, 0, prefix_tokens)
+    return depth * rows_flops(shape, 0, prefix_tokens, density)
 
 
 def prefix_bytes(
@@ -310,7 +344,7 @@ def kv_tokens(work: Sequence[LayerWork]) -> int:
 
 def kv_bytes(shape: ModelShape, work: Sequence[LayerWork], dtype_bytes: int) -> int:
     """Bytes of keys and values after the prefill, over all layers and ranks. dtype_bytes: of one element."""
-    _check_depth(shape, work)
+    check_depth(shape, work)
     return kv_tokens(work) * 2 * shape.num_kv_heads * shape.head_dim * dtype_bytes
 
 
@@ -319,51 +353,8 @@ def dense_kv_bytes(shape: ModelShape, num_tokens: int, dtype_bytes: int) -> int:
     return kv_bytes(shape, planned_work(Schedule.dense(shape.num_layers), num_tokens), dtype_bytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectiveBytes:
-    """Bytes that a rank hands to collectives in a prefill (payload; what crosses a link depends on the
-    algorithm).
-
-    hidden: all-reduce of the outputs of attention and FFN, two per layer, as in any tensor-parallel model.
-    scores: all-reduce of float32 scores, one for every probe and every proxy. selection: broadcast of int64
-    indices, one for every choice of tokens. The last two are what token skipping adds.
-    """
-
-    hidden: int
-    scores: int
-    selection: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of all collectives."""
-        return self.hidden + self.scores + self.selection
-
-
-def collective_bytes(
-    shape: ModelShape, work: Sequence[LayerWork], *, dtype_bytes: int, world_size: int
-) -> CollectiveBytes:
-    """What each of `world_size` ranks hands to collectives in the layers; nothing when there is one rank.
-
-    A cut is read off the next layer's candidates, so one after the last layer is not counted.
-    """
-    _check_depth(shape, work)
-    require_int("world_size", world_size, minimum=1)
-    if world_size == 1:
-        return CollectiveBytes(hidden=0, scores=0, selection=0)
-    selected = 0
-    for layer, after in zip(work, [*work[1:], work[-1]], strict=True):
-        for chosen in (layer.attention_tokens, layer.ffn_tokens, after.candidates):
-            selected += chosen if chosen < layer.candidates else 0
-    return CollectiveBytes(
-        hidden=sum(layer.attention_tokens + layer.ffn_tokens for layer in work)
-        * shape.hidden_size
-        * dtype_bytes,
-        scores=sum((layer.probed + layer.proxied) * layer.candidates for layer in work) * _SCORE_BYTES,
-        selection=selected * _INDEX_BYTES,
-    )
-
-
-def _check_depth(shape: ModelShape, work: Sequence[LayerWork]) -> None:
+def check_depth(shape: ModelShape, work: Sequence[LayerWork]) -> None:
+    """Raises ConfigError unless `work` has one entry for each of the model's layers."""
     if len(work) != shape.num_layers:
         raise config_error(
             "work",

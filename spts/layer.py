@@ -151,13 +151,16 @@ class DecoderLayer:
             ffn_tokens=_take(positions_T, ffn_M).cpu(),
         )
 
-    def dense(self, stream: Stream, cache: LayerCache, positions_P: Tensor | None = None) -> Tensor:
+    def dense(
+        self, stream: Stream, cache: LayerCache, positions_P: Tensor | None = None, density: float = 1.0
+    ) -> Tensor:
         """Runs the layer on every row of `stream` (changed in place) and returns its FFN's input, [T, D].
 
         The rows are a prompt, the first part of one whose tokens are at `positions_P`, or what comes after
-        the tokens that `cache` holds.
+        the tokens that `cache` holds. density: share of the blocks of keys that they read; below 1 `cache`
+        holds whole blocks.
         """
-        self._attend(stream, Signals(self, stream, probes=0), None, cache, positions_P)
+        self._attend(stream, Signals(self, stream, probes=0), None, cache, positions_P, density)
         y_TD = _normed(self.block.post_attention_layernorm, stream.x_TD)
         stream.x_TD.add_(self.feed_forward(y_TD))
         return y_TD
@@ -213,6 +216,7 @@ class DecoderLayer:
         active_M: Tensor | None,
         cache: LayerCache,
         positions_P: Tensor | None = None,
+        density: float = 1.0,
     ) -> None:
         cos_Md, sin_Md = _take(stream.cos_Td, active_M), _take(stream.sin_Td, active_M)
         if signals.probe_tokens:
@@ -226,7 +230,11 @@ class DecoderLayer:
         if positions_P is None:
             positions_P = _take(stream.positions_T, active_M)
         k_LKd, v_LKd = cache.store(k_MKd, self.values(h_MD), positions_P)
-        out_MHd = ops.causal_attention(self.queries(h_MD, cos_Md, sin_Md), k_LKd, v_LKd, self.scale)
+        q_MHd = self.queries(h_MD, cos_Md, sin_Md)
+        if density < 1:
+            out_MHd = ops.sparse_attention(q_MHd, k_LKd, v_LKd, self.scale, density)
+        else:
+            out_MHd = ops.causal_attention(q_MHd, k_LKd, v_LKd, self.scale)
         _add(stream.x_TD, active_M, self.block.self_attn.o_proj(out_MHd.flatten(1)))
         signals.attended = True
 

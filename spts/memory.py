@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spts.cost import LayerWork, ModelShape, ProxyShape, rows_within
+from spts.kernels.blocks import BLOCK_TOKENS, blocks_read
 
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
@@ -50,10 +51,11 @@ def request_bytes(
         held += (layer.attention_tokens + max_new_tokens) * kv_row
         cuts = after is not None and after.candidates < layer.candidates
         if layer.attention_tokens == layer.ffn_tokens == layer.candidates and not cuts and not layer.probed:
-            rows = layer.candidates
+            rows, density = layer.candidates, layer.attention_density
             if slice_flops is not None:
-                rows = min(rows, max(1, rows_within(shape, 0, slice_flops)))
-            working = sizes.dense(rows, layer.candidates)
+                least = 1 if density == 1 else min(BLOCK_TOKENS, rows)
+                rows = max(least, rows_within(shape, 0, rows, slice_flops, density))
+            working = sizes.dense(rows, layer.candidates, density)
         else:
             working = sizes.skipping(layer)
             if cuts and after is not None:
@@ -77,10 +79,13 @@ class _Sizes:
         self._proxy = 0 if proxy is None else (3 * proxy.rank + 3 * proxy.channels) * dtype_bytes
         self._dtype_bytes = dtype_bytes
 
-    def dense(self, rows: int, candidates: int) -> int:
+    def dense(self, rows: int, candidates: int, density: float) -> int:
         """Of `rows` of the layer's `candidates` at once."""
-        mask = min(rows, _MASKED_QUERIES) * candidates * self._dtype_bytes if rows < candidates else 0
-        return max(self._attention(rows) + mask, self._feed_forward(rows))
+        if density < 1:
+            beside = self._sparse(rows, candidates, density)
+        else:
+            beside = min(rows, _MASKED_QUERIES) * candidates * self._dtype_bytes if rows < candidates else 0
+        return max(self._attention(rows) + beside, self._feed_forward(rows))
 
     def skipping(self, work: LayerWork) -> int:
         """Of a layer that chooses: the probe's input and keys stay until its end."""
@@ -101,6 +106,17 @@ class _Sizes:
         rounded = rows + _ROUNDED_TO
         own = rows * (2 * self._width + 2 * self._queries + 3 * self._keys)
         return max(rows * self._normed, own + rounded * (2 * self._queries + 2 * self._keys))
+
+    def _sparse(self, rows: int, candidates: int, density: float) -> int:
+        """What sparse attention holds beside: scores of blocks of keys for each block of queries, sorted; of
+        one block of queries the logits of its mean, or the keys and values that each head reads and a
+        mask."""
+        num_blocks = -(-candidates // BLOCK_TOKENS)
+        read = BLOCK_TOKENS * blocks_read(num_blocks - 1, density)
+        scores = self._heads * -(-rows // BLOCK_TOKENS) * num_blocks * (3 * _FLOAT_BYTES + 3 * _INDEX_BYTES)
+        logits = 3 * self._heads * candidates * _FLOAT_BYTES
+        gathered = read * 3 * (self._queries + BLOCK_TOKENS * self._dtype_bytes)
+        return scores + max(logits, gathered)
 
     def _feed_forward(self, rows: int) -> int:
         """Normed rows, gate, up and one more for the activation, and the output."""

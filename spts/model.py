@@ -141,18 +141,18 @@ class SptsModel:
         """Checks a request and embeds its prompt; `advance` runs its layers. Raises as `prefill` does.
 
         prefix: `state.kept` of a prompt that began with the same tokens, under any method that first skips in
-        the same layer; its first `reuse_tokens` (None = all) are not computed again before that layer.
+        the same layer, at the same attention_density; its first `reuse_tokens` (None = all) are not computed
+        again before that layer.
         keep_prefix: that many first tokens are to be kept in `state.kept`, where they are more than those
         reused and there is a layer before the first that skips. Each leaves at least one token of the prompt,
-        or RequestError (invalid_prefix) is raised.
+        and is a multiple of `Schedule.block_tokens`, or RequestError (invalid_prefix) is raised.
         """
         schedule = self.check(token_ids, method, max_new_tokens)
-        check_prefix_tokens(keep_prefix, token_ids)
+        check_prefix_tokens(keep_prefix, token_ids, schedule.block_tokens)
         reused_tokens = 0
         if prefix is not None:
             reused_tokens = prefix.num_tokens if reuse_tokens is None else reuse_tokens
-            depth = schedule.first_skip_layer
-            prefix.check(token_ids, reused_tokens, depth=depth, fingerprint=self.fingerprint)
+            prefix.check(token_ids, reused_tokens, schedule=schedule, fingerprint=self.fingerprint)
         return PrefillState(
             token_ids=token_ids,
             method=method,
@@ -174,7 +174,8 @@ class SptsModel:
     def advance(self, state: PrefillState, flops: int | None = None) -> bool:
         """Runs more of a prefill, about `flops` of it (None = all); True when `state.result` is there.
 
-        More than `flops` only where a single row of a dense layer, or a single layer that skips, costs more;
+        More than `flops` only where a single row of a dense layer (where attention is sparse, a block of 128
+        of them), or a single layer that skips, costs more;
         the last slice also makes the logits of the last token.
         """
         self._walker.run(state, flops)

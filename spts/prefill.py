@@ -4,7 +4,8 @@ Prompts with skipping layers cannot be computed a few tokens at a time: the prob
 prefill goes layer by layer, and a slice of it is a number of FLOP. Where a layer runs all its candidates it
 may stop between two rows, as in each layer a row depends on earlier rows only; a layer that skips or cuts is
 computed at once. It costs its budgets of tokens and, for the probe and the proxy, a few per cent of a dense
-layer for each candidate.
+layer for each candidate. Where attention is sparse, the queries of a block choose together what they read, so
+there a slice ends between two blocks.
 
 Legend: N prompt tokens, V vocabulary.
 """
@@ -19,13 +20,11 @@ from torch import Tensor
 
 from spts.cache import RaggedCache
 from spts.cost import LayerWork, ModelShape, ProxyShape, layer_flops, rows_flops, rows_within
+from spts.kernels.blocks import BLOCK_TOKENS
 from spts.layer import DecoderLayer, LayerTrace, Stream
 from spts.methods import Method
 from spts.prefix import Prefix
 from spts.schedule import Schedule
-
-# Fewer rows are not begun at the end of a slice, and more are a multiple of it: odd lengths are slow.
-BLOCK_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,8 @@ class Walker:
     def run(self, state: PrefillState, flops: int | None) -> None:
         """Runs the next layers, stopping before `flops` are exceeded; None = to the end.
 
-        Something is always run: at least one row of a dense layer, or one layer that skips.
+        Something is always run: at least one row of a dense layer, or a block of them where attention is
+        sparse, or one layer that skips.
         """
         spent = 0
         while state.next_layer < len(self._layers):
@@ -126,31 +126,38 @@ class Walker:
                 before=prefix,
                 before_tokens=reused_tokens,
                 depth=depth,
+                density=state.schedule.attention_density,
                 cache=state.cache,
                 x_ND=state.stream.x_TD if depth < len(self._layers) else None,
                 fingerprint=self._fingerprint,
             )
 
     def _dense(self, state: PrefillState, flops: int | None, begun: bool) -> int:
-        """Rows of the next layer, at most for `flops`; returns what they cost, 0 = they did not fit."""
+        """Rows of the next layer, at most for `flops`; returns what they cost, 0 = they did not fit.
+
+        Fewer than a block are not begun at the end of a slice, and more end with a block: odd lengths are
+        slow, and sparse attention stops nowhere else.
+        """
         stream, start = state.stream, state.rows_done
+        density = state.schedule.density(state.next_layer)
         before = start + (0 if state.prefix is None else state.reused_tokens)
         rows_left = stream.x_TD.shape[0] - start
         rows = rows_left
         if flops is not None:
-            rows = min(rows_left, rows_within(self._shape, before, flops))
-            if rows < rows_left and rows > BLOCK_TOKENS:
+            block = min(BLOCK_TOKENS, rows_left)
+            rows = rows_within(self._shape, before, rows_left, flops, density)
+            if block < rows < rows_left:
                 rows -= rows % BLOCK_TOKENS
-            if begun and rows < min(BLOCK_TOKENS, rows_left):
+            if begun and rows < block:
                 return 0
-            rows = max(1, rows)
+            rows = max(1 if density == 1 else block, rows)
         layer = self._layers[state.next_layer]
         cache = state.cache.layers[layer.index]
-        layer.dense(stream.rows(start, start + rows), cache, stream.positions_T)
+        layer.dense(stream.rows(start, start + rows), cache, stream.positions_T, density)
         state.rows_done += rows
         if state.rows_done == stream.x_TD.shape[0]:
             self._end_dense(state, layer.index)
-        return rows_flops(self._shape, before, rows)
+        return rows_flops(self._shape, before, rows, density)
 
     def _end_dense(self, state: PrefillState, layer: int) -> None:
         """Reports the layer as it is for the whole prompt, wherever its first rows come from."""
@@ -163,6 +170,7 @@ class Walker:
                 ffn_tokens=num_tokens,
                 probe_tokens=0,
                 proxied=False,
+                attention_density=state.schedule.density(layer),
             )
         )
         if state.tracing:

@@ -3,7 +3,8 @@
 Layers before a method's first skipping layer run every token, and causal attention keeps earlier tokens free
 of later ones. So after `depth` such layers the first tokens of a prompt have left keys, values and residual
 rows that any other prompt beginning with them would leave too. For a dense schedule that is every layer, and
-as only later tokens are still to come, keys and values are all of it.
+as only later tokens are still to come, keys and values are all of it. Where attention is sparse, the queries
+of a block choose together what they read: then it is true of whole blocks, and at one density.
 
 Legend: S tokens of one piece, K key/value heads on this rank, d head size, D width.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from spts.cache import RaggedCache
 from spts.errors import RequestError
 from spts.request import check_prefix_tokens
+from spts.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,14 +30,15 @@ class Prefix:
     A prompt that began with another's prefix adds a piece to it and holds only what is new, so that a
     document is there once, however many questions about it are kept.
 
-    fingerprint: the model's. before, before_tokens: the prefix that this one goes on from, and after how many
-    of its tokens. token_ids: what comes then, S tokens. keys_values: theirs, of each of the `depth` layers,
-    [S, K, d] each, keys after RoPE. x_SD: their rows that enter layer `depth`; None where no layer comes
-    after.
+    fingerprint: the model's. density: of the attention in these layers (`Schedule.attention_density`).
+    before, before_tokens: the prefix that this one goes on from, and after how many of its tokens. token_ids:
+    what comes then, S tokens. keys_values: theirs, of each of the `depth` layers, [S, K, d] each, keys after
+    RoPE. x_SD: their rows that enter layer `depth`; None where no layer comes after.
     """
 
     fingerprint: str
     depth: int
+    density: float
     token_ids: tuple[int, ...]
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     x_SD: Tensor | None
@@ -50,6 +53,7 @@ class Prefix:
         before: Prefix | None,
         before_tokens: int,
         depth: int,
+        density: float,
         cache: RaggedCache,
         x_ND: Tensor | None,
         fingerprint: str,
@@ -64,6 +68,7 @@ class Prefix:
         return cls(
             fingerprint=fingerprint,
             depth=depth,
+            density=density,
             token_ids=tuple(token_ids[part]),
             keys_values=tuple(keys_values),
             x_SD=None if x_ND is None else x_ND[part].clone(),
@@ -96,15 +101,18 @@ class Prefix:
         parts = [piece.x_SD[:taken] for piece, taken in self._pieces(num_tokens) if piece.x_SD is not None]
         return torch.cat((*parts, x_TD)) if parts else x_TD
 
-    def check(self, token_ids: Sequence[int], num_tokens: int, *, depth: int, fingerprint: str) -> None:
+    def check(
+        self, token_ids: Sequence[int], num_tokens: int, *, schedule: Schedule, fingerprint: str
+    ) -> None:
         """Raises RequestError, code invalid_prefix, unless a prompt on this model may begin with the first
-        `num_tokens` of it."""
-        check_prefix_tokens(num_tokens, token_ids)
+        `num_tokens` of it under `schedule`."""
+        check_prefix_tokens(num_tokens, token_ids, schedule.block_tokens)
         faults = [
             f"prefix must {name} {theirs}, got {ours}"
             for name, ours, theirs in (
                 ("be of the model with fingerprint", self.fingerprint, fingerprint),
-                ("end where the method first skips, after layers:", self.depth, depth),
+                ("end where the method first skips, after layers:", self.depth, schedule.first_skip_layer),
+                ("be of the method's attention_density", self.density, schedule.attention_density),
             )
             if ours != theirs
         ]

@@ -49,12 +49,20 @@ def check_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> N
             )
 
 
-def check_prefix_tokens(prefix_tokens: int, token_ids: Sequence[int]) -> None:
-    """Raises RequestError, code invalid_prefix, unless the prompt goes on after so many tokens."""
+def check_prefix_tokens(prefix_tokens: int, token_ids: Sequence[int], block_tokens: int = 1) -> None:
+    """Raises RequestError, code invalid_prefix, unless the prompt goes on after so many tokens, a multiple of
+    `block_tokens`."""
     if not 0 <= prefix_tokens < len(token_ids):
         raise RequestError(
             f"prefix_tokens must be at least 0 and below the prompt's {len(token_ids)} tokens, "
             f"got {prefix_tokens}; leave at least the last token to the request",
+            code="invalid_prefix",
+            field="prefix_tokens",
+        )
+    if prefix_tokens % block_tokens:
+        raise RequestError(
+            f"prefix_tokens must be a multiple of {block_tokens} where attention is sparse, "
+            f"got {prefix_tokens}; leave the rest to the request",
             code="invalid_prefix",
             field="prefix_tokens",
         )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from spts.errors import ConfigError, check_keys, config_error, require_int
+from spts.kernels.blocks import BLOCK_TOKENS
 
 K = 1024  # tokens, the unit of the paper's budgets: with it the KV memory at 32K is the published -58.6 %
 
@@ -53,6 +54,11 @@ class Schedule:
     The paper has 1. More help where the answer's later tokens read the question in deep layers, which the
     last prompt token itself need not do (docs/results.md).
 
+    `attention_density`: share of the blocks of 128 keys that a block of 128 queries reads in the layers
+    before first_skip_layer, which are most of what a long prompt still costs; the first block, the queries'
+    own and the one before it are always read (`spts.kernels.blocks`). 1.0 = all, as in the paper. Example: at
+    0.1 the last block of 12,800 tokens reads 10 of 100 blocks; of up to 384 tokens everything is read.
+
     Worked example, 6 layers and a prompt of 100 tokens:
 
         Schedule(num_layers=6, first_skip_layer=2,
@@ -70,11 +76,21 @@ class Schedule:
     first_skip_layer: int
     stages: tuple[Stage, ...]
     recent_tokens: int = 1
+    attention_density: float = 1.0
 
     def __post_init__(self) -> None:
         require_int("num_layers", self.num_layers, minimum=1)
         require_int("recent_tokens", self.recent_tokens, minimum=1)
         require_int("first_skip_layer", self.first_skip_layer, minimum=0)
+        density = self.attention_density
+        if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+            raise config_error(
+                "attention_density",
+                "be a number above 0 and at most 1",
+                repr(density),
+                "1.0 means that every key is read",
+            )
+        object.__setattr__(self, "attention_density", float(density))  # 1 in a file is 1.0 in every record
         if not isinstance(self.stages, tuple) or not all(isinstance(stage, Stage) for stage in self.stages):
             raise config_error(
                 "stages", "be a tuple of Stage", repr(self.stages), "use Schedule.from_dict for plain data"
@@ -168,7 +184,7 @@ class Schedule:
             "schedule",
             data,
             required=("num_layers", "first_skip_layer", "stages"),
-            optional=("recent_tokens",),
+            optional=("recent_tokens", "attention_density"),
         )
         raw_stages = data["stages"]
         if not isinstance(raw_stages, list | tuple):
@@ -195,6 +211,7 @@ class Schedule:
             "first_skip_layer": self.first_skip_layer,
             "stages": [asdict(stage) for stage in self.stages],
             "recent_tokens": self.recent_tokens,
+            "attention_density": self.attention_density,
         }
 
     def scaled(
@@ -210,7 +227,7 @@ class Schedule:
         - the layer after each stage scales with depth and rounds half up;
         - budgets and cuts scale by num_tokens / reference_tokens, round half up, and are at least 1;
         - recent_tokens stays, since a question after a short document is as long, but is at most the smallest
-          budget or cut;
+          budget or cut; attention_density stays;
         - a stage left without layers vanishes, and its cut passes to the stage that now ends at the same
           layer, so that later layers see as few candidates as they were meant to. Without such a stage the
           cut is dropped.
@@ -250,13 +267,14 @@ class Schedule:
             elif stages and keep is not None:
                 stages[-1] = replace(stages[-1], keep_tokens=keep)
         if not stages:
-            return Schedule.dense(depth)
+            return replace(Schedule.dense(depth), attention_density=self.attention_density)
         smallest = min(min(stage.active_tokens, stage.keep_tokens or stage.active_tokens) for stage in stages)
         return Schedule(
             num_layers=depth,
             first_skip_layer=first_skip_layer,
             stages=tuple(stages),
             recent_tokens=min(self.recent_tokens, smallest),
+            attention_density=self.attention_density,
         )
 
     def active_tokens(self, layer: int) -> int | None:
@@ -268,6 +286,16 @@ class Schedule:
         """Candidates to keep after layer `layer` (0-based); None unless it ends a stage that cuts."""
         stage = self._stage_by_layer[layer]
         return stage.keep_tokens if stage is not None and stage.last_layer == layer else None
+
+    def density(self, layer: int) -> float:
+        """Share of the blocks of keys that attention reads in layer `layer` (0-based); 1.0 = all."""
+        return self.attention_density if layer < self.first_skip_layer else 1.0
+
+    @property
+    def block_tokens(self) -> int:
+        """The layers before first_skip_layer compute a prompt's tokens in blocks of so many: what is computed
+        of it at once, or kept of it for other prompts, ends at a multiple. 1 = each by itself."""
+        return 1 if self.attention_density == 1 else BLOCK_TOKENS
 
     @cached_property
     def _stage_by_layer(self) -> dict[int, Stage | None]:

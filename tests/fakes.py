@@ -10,6 +10,7 @@ import asyncio
 import time
 
 from cluster.config import EngineConfig
+from cluster.documents import Layers
 from cluster.engine import Engine
 from cluster.protocol import (
     Activity,
@@ -72,7 +73,7 @@ class FakeShard:
         self._starts: dict[str, Step] = {}
         self._requests: dict[str, Request] = {}
         self._answers: dict[str, list[int]] = {}
-        self.documents: dict[int, tuple[int, tuple[int, ...]]] = {}  # name -> depth, its first tokens
+        self.documents: dict[int, tuple[Layers, tuple[int, ...]]] = {}  # name -> layers, its first tokens
 
     def host(self) -> tuple[str, int]:
         return ("127.0.0.1", 0)
@@ -122,7 +123,7 @@ class FakeShard:
         )
 
     def _planned_flops(self, step: Step) -> int:
-        """What the prefill costs, less what it reuses: of this very prompt, at this very depth."""
+        """What the prefill costs, less what it reuses: of this very prompt, in these very layers."""
         request = step.start
         assert request is not None
         work = request.method.planned_work(SHAPE.num_layers, len(request.token_ids))
@@ -130,18 +131,22 @@ class FakeShard:
         if step.reuse is None:
             return flops
         document, reused_tokens = step.reuse
-        depth, tokens = self.documents[document]
-        assert depth == request.method.schedule_for(SHAPE.num_layers).first_skip_layer
+        layers, tokens = self.documents[document]
+        schedule = request.method.schedule_for(SHAPE.num_layers)
+        assert layers == (schedule.first_skip_layer, schedule.attention_density)
+        assert reused_tokens % schedule.block_tokens == 0
         assert tokens[:reused_tokens] == request.token_ids[:reused_tokens]
         assert 0 < reused_tokens < len(request.token_ids)
-        return flops - cost.reused_flops(SHAPE, reused_tokens, depth)
+        return flops - cost.reused_flops(SHAPE, reused_tokens, *layers)
 
     def _keep(self, request_id: str) -> int | None:
         request, keep = self._requests[request_id], self._starts[request_id].keep
         if keep is None:
             return None
-        depth = request.method.schedule_for(SHAPE.num_layers).first_skip_layer
-        self.documents[keep[0]] = (depth, request.token_ids[: keep[1]])
+        schedule = request.method.schedule_for(SHAPE.num_layers)
+        assert keep[1] % schedule.block_tokens == 0
+        layers = (schedule.first_skip_layer, schedule.attention_density)
+        self.documents[keep[0]] = (layers, request.token_ids[: keep[1]])
         return keep[0]
 
     def _followed(self, request_id: str, place: int) -> NewToken:
@@ -167,7 +172,7 @@ class FakeShard:
         work = method.planned_work(SHAPE.num_layers, num_tokens)
         bins = min(request.activity_bins, num_tokens)
         everywhere = ((100,) * bins,) * SHAPE.num_layers
-        depth = method.schedule_for(SHAPE.num_layers).first_skip_layer
+        schedule = method.schedule_for(SHAPE.num_layers)
         reuse = self._starts[request.request_id].reuse
         reused_tokens = 0 if reuse is None else reuse[1]
         return Prefilled(
@@ -180,7 +185,9 @@ class FakeShard:
             dense_kv_bytes=cost.dense_kv_bytes(SHAPE, num_tokens, 4),
             activity=Activity(attention=everywhere, ffn=everywhere) if bins else None,
             reused_tokens=reused_tokens,
-            reused_flops=cost.reused_flops(SHAPE, reused_tokens, depth),
+            reused_flops=cost.reused_flops(
+                SHAPE, reused_tokens, schedule.first_skip_layer, schedule.attention_density
+            ),
         )
 
 

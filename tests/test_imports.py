@@ -22,6 +22,8 @@ PURE = (
     "spts.schedule",
     "spts.cost",
     "spts.memory",
+    "spts.traffic",
+    "spts.kernels.blocks",
     "spts.methods",
     "spts.sampling",
 )  # no torch when imported
@@ -39,8 +41,9 @@ class Rule:
 
 RULES = [
     Rule(
-        modules=("spts.errors", "spts.schedule", "spts.cost", "spts.memory"),
+        modules=("spts.errors", "spts.schedule", "spts.cost", "spts.memory", "spts.traffic"),
         never=("torch", "cluster", "jobs", "spts.model", "spts.layer", "spts.kernels"),
+        but=("spts.kernels.blocks",),
         only=(),
     ),
     Rule(

@@ -6,6 +6,8 @@ they are depends on the content (`spts.kernels.reference.sparse_attention`). Sta
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 BLOCK_TOKENS = 128
 ALWAYS = 3  # blocks read at any density: the first, the one before the queries' own, and their own
 SHARES = 1 << 16
@@ -38,15 +40,18 @@ def check_blocks(num_queries: int, num_keys: int, density: float) -> None:
         raise ValueError(f"density must be above 0 and at most 1, got {density}; correct the call")
 
 
-def pairs_read(num_tokens: int, density: float) -> int:
+@lru_cache(maxsize=1024)  # the same for each layer of a prompt
+def pairs_read(num_tokens: int, density: float, before: int = 0) -> int:
     """Pairs of a query and a key that causal attention over `num_tokens` tokens reads at `density`.
 
-    Earlier blocks are read whole, of its own a query sees what is not later. At density 1 it is
-    N (N + 1) / 2. Example: 256 tokens, any density: 128 * 129 / 2 for each block's own, and 128 * 128 for the
-    second block reading the first.
+    before: the queries of the first so many tokens, a multiple of BLOCK_TOKENS, are left out. Earlier blocks
+    are read whole, of its own a query sees what is not later. At density 1 it is N (N + 1) / 2. Example: 256
+    tokens, any density: 128 * 129 / 2 for each block's own, and 128 * 128 for the second block reading the
+    first.
     """
+    first = before // BLOCK_TOKENS
     blocks, rest = divmod(num_tokens, BLOCK_TOKENS)
-    own = blocks * BLOCK_TOKENS * (BLOCK_TOKENS + 1) // 2 + rest * (rest + 1) // 2
-    earlier = sum(BLOCK_TOKENS * (blocks_read(block, density) - 1) for block in range(blocks))
+    own = (blocks - first) * BLOCK_TOKENS * (BLOCK_TOKENS + 1) // 2 + rest * (rest + 1) // 2
+    earlier = sum(BLOCK_TOKENS * (blocks_read(block, density) - 1) for block in range(first, blocks))
     earlier += rest * (blocks_read(blocks, density) - 1) if rest else 0
     return own + earlier * BLOCK_TOKENS

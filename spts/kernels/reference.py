@@ -211,7 +211,9 @@ def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) ->
     """
     num_queries, num_keys = q_MHd.shape[0], k_LKd.shape[0]
     first = (num_keys - num_queries) // BLOCK_TOKENS
-    scores_HRC = block_scores(mean_queries(q_MHd), k_LKd, scale)
+    # One row after the other: together their logits would take rows times keys.
+    rows = mean_queries(q_MHd).split(1)
+    scores_HRC = torch.cat([block_scores(q_1Hd, k_LKd, scale) for q_1Hd in rows], dim=1)
     num_rows, num_blocks = scores_HRC.shape[1:]
     own_R1 = torch.arange(first, first + num_rows, device=q_MHd.device)[:, None]
     block_C = torch.arange(num_blocks, device=q_MHd.device)

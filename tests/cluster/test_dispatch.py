@@ -70,6 +70,22 @@ async def test_no_budget_of_a_request_is_larger_than_those_of_the_pools(folder, 
         assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
 
 
+async def test_a_request_may_choose_the_density_of_attention(folder):
+    """Whatever it is, the prompt costs less than without."""
+    async with endpoint(folder) as (client, engine):
+        for density in (0.01, 1):
+            spts = {"method": "spts", "schedule": {**SCHEDULE.to_dict(), "attention_density": density}}
+            assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
+            started = [step.start.method for step in engine.group.steps if step.start is not None]
+            assert started[-1].schedule.attention_density == density
+        for wrong, said in ((0, "0"), (1.5, "1.5"), ("0.5", "'0.5'")):
+            spts = {"method": "spts", "schedule": {**SCHEDULE.to_dict(), "attention_density": wrong}}
+            error = await refused(client, spts=spts)
+            assert (
+                f"attention_density must be a number above 0 and at most 1, got {said};" in error["message"]
+            )
+
+
 async def test_what_a_choice_leaves_open_is_as_configured(folder):
     ablated = {**POOLS[1]["method"], "probe_tokens": 4}
     pools = [POOLS[0], {"method": ablated}]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.documents import LEAST_TOKENS, Documents, _common
+from cluster.documents import LEAST_TOKENS, Documents, Layers, _common
+
+DENSE = (4, 1.0)
 
 A, B, C = (tuple(range(start, start + 100)) for start in (1, 201, 401))
 
 
-def keep(documents: Documents, token_ids: tuple[int, ...], depth: int = 4) -> int:
+def keep(
+    documents: Documents, token_ids: tuple[int, ...], layers: Layers = DENSE, block_tokens: int = 1
+) -> int:
     """Keep all of a prompt at a byte a token, going on from what is there already; returns its name."""
-    before, length = documents.find(token_ids, depth, len(token_ids))
-    document = documents.reserve(token_ids[length:], depth, before, length, len(token_ids) - length)
+    before, length = documents.find(token_ids, layers, len(token_ids), block_tokens=block_tokens)
+    document = documents.reserve(token_ids[length:], layers, before, length, len(token_ids) - length)
     documents.keep(document.name)
     return document.name
 
@@ -26,24 +31,25 @@ def test_questions_about_one_document_hold_it_once():
     keep(documents, A + C)
     assert documents.num_bytes == 300
     for question in (B, C):
-        assert documents.find(A + question, 4, 199)[1] == 199
-    assert documents.find(A + B[:10] + C, 4, 209)[1] == 110
-    assert documents.find(A[:63] + C, 4, 162)[1] == 63
-    assert documents.find(C + A, 4, 199) == (None, 0)
+        assert documents.find(A + question, DENSE, 199)[1] == 199
+    assert documents.find(A + B[:10] + C, DENSE, 209)[1] == 110
+    assert documents.find(A[:63] + C, DENSE, 162)[1] == 63
+    assert documents.find(C + A, DENSE, 199) == (None, 0)
 
 
-def test_another_depth_finds_nothing():
+@pytest.mark.parametrize("other", [(12, 1.0), (4, 0.5)], ids=["depth", "density"])
+def test_what_ran_other_layers_or_in_another_way_finds_nothing(other):
     documents = Documents(1000)
-    keep(documents, A, depth=4)
-    assert documents.find(A, 12, 99) == (None, 0)
-    keep(documents, A, depth=12)
+    keep(documents, A)
+    assert documents.find(A, other, 99) == (None, 0)
+    keep(documents, A, other)
     assert documents.num_bytes == 200
 
 
 def test_leaves_go_first_and_the_latest_used_last():
     documents = Documents(1000)
     first, second, third = keep(documents, A + B), keep(documents, A + C), keep(documents, C)
-    found, _ = documents.find(A + B, 4, 200)
+    found, _ = documents.find(A + B, DENSE, 200)
     assert found is not None
     documents.use(found, 1)
     documents.use(found, -1)
@@ -52,7 +58,7 @@ def test_leaves_go_first_and_the_latest_used_last():
     documents.shrink(0)
     assert documents.take_forgotten() == (first,)
     assert documents.num_bytes == documents.free_bytes == 0
-    assert documents.find(A, 4, 100) == (None, 0)
+    assert documents.find(A, DENSE, 100) == (None, 0)
 
 
 def test_what_is_read_stays_and_so_does_what_it_goes_on_from():
@@ -60,7 +66,7 @@ def test_what_is_read_stays_and_so_does_what_it_goes_on_from():
     keep(documents, A)
     keep(documents, A + B)
     keep(documents, C)
-    found, _ = documents.find(A + B, 4, 200)
+    found, _ = documents.find(A + B, DENSE, 200)
     assert found is not None
     documents.use(found, 1)
     assert documents.free_bytes == 100
@@ -73,8 +79,8 @@ def test_what_is_read_stays_and_so_does_what_it_goes_on_from():
 
 def test_two_that_leave_the_same_document_leave_it_once():
     documents = Documents(1000)
-    first, second = (documents.reserve(A, 4, None, 0, 100) for _ in range(2))
-    assert documents.find(A, 4, 100) == (None, 0), "before it is there nobody finds it"
+    first, second = (documents.reserve(A, DENSE, None, 0, 100) for _ in range(2))
+    assert documents.find(A, DENSE, 100) == (None, 0), "before it is there nobody finds it"
     documents.keep(first.name)
     documents.keep(second.name)
     assert documents.take_forgotten() == (second.name,)
@@ -84,8 +90,8 @@ def test_two_that_leave_the_same_document_leave_it_once():
 def test_one_that_is_given_up_leaves_nothing():
     documents = Documents(1000)
     keep(documents, A)
-    before, length = documents.find(A + B, 4, 200)
-    document = documents.reserve(B, 4, before, length, 100)
+    before, length = documents.find(A + B, DENSE, 200)
+    document = documents.reserve(B, DENSE, before, length, 100)
     assert documents.free_bytes == 0
     documents.abandon(document.name)
     documents.keep(document.name)
@@ -105,13 +111,13 @@ def test_of_many_roots_with_one_template_only_those_that_are_worth_it_are_looked
     template = tuple(range(1, 31))
     texts = [(*template, *range(1000 * number, 1000 * number + 200)) for number in range(1, 101)]
     for text in texts:
-        documents.keep(documents.reserve(text, 4, None, 0, len(text)).name)
-    assert documents.find((*template, *range(100)), 4, 100, LEAST_TOKENS) == (None, 0)
+        documents.keep(documents.reserve(text, DENSE, None, 0, len(text)).name)
+    assert documents.find((*template, *range(100)), DENSE, 100, LEAST_TOKENS) == (None, 0)
     assert not compared
-    found, length = documents.find((*texts[41], 7, 8), 4, 231, LEAST_TOKENS)
+    found, length = documents.find((*texts[41], 7, 8), DENSE, 231, LEAST_TOKENS)
     assert (found and found.token_ids, length, len(compared)) == (texts[41], 230, 1)
-    assert documents.find((*template, 7, 8), 4, 31, 30)[1] == 30, "fewer, if so few are asked for"
-    assert documents.find((*template, 7, 8), 4, 31, 31) == (None, 0)
+    assert documents.find((*template, 7, 8), DENSE, 31, 30)[1] == 30, "fewer, if so few are asked for"
+    assert documents.find((*template, 7, 8), DENSE, 31, 31) == (None, 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,6 +125,7 @@ def test_of_many_roots_with_one_template_only_those_that_are_worth_it_are_looked
 def test_the_longest_common_beginning_is_found_and_bytes_add_up(seed):
     """Prompts over two tokens, so that they share beginnings of all lengths, blocks and odd ends."""
     draw = random.Random(seed)
+    block = draw.choice([1, 1, 4, 32])  # where attention is sparse, whole blocks are kept and found
     documents = Documents(10**6)
     held: dict[int, tuple[int, ...]] = {}
     for _ in range(draw.randint(1, 25)):
@@ -128,14 +135,15 @@ def test_the_longest_common_beginning_is_found_and_bytes_add_up(seed):
             base = ()
         token_ids = base + tuple(draw.choices((1, 2), k=draw.choice([1, 5, 64, 130])))
         limit = draw.randint(0, len(token_ids))
-        _, length = documents.find(token_ids, 3, limit)
+        _, length = documents.find(token_ids, DENSE, limit, block_tokens=block)
         shared = max((_shared(token_ids[:limit], other) for other in held.values()), default=0)
-        assert length == shared
+        assert length == shared - shared % block
         worth_it = length if length >= LEAST_TOKENS else 0
-        assert documents.find(token_ids, 3, limit, LEAST_TOKENS)[1] == worth_it
+        assert documents.find(token_ids, DENSE, limit, LEAST_TOKENS, block)[1] == worth_it
         assert documents.free_bytes == sum(each.num_bytes for each in documents._kept.values())
-        if all(other[: len(token_ids)] != token_ids for other in held.values()):
-            held[keep(documents, token_ids, depth=3)] = token_ids
+        whole = token_ids[: len(token_ids) - len(token_ids) % block]
+        if whole and all(other[: len(whole)] != whole for other in held.values()):
+            held[keep(documents, whole, block_tokens=block)] = whole
         if draw.random() < 0.2:
             documents.shrink(documents.num_bytes // 2)
             for name in documents.take_forgotten():

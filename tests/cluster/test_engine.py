@@ -362,7 +362,7 @@ async def test_two_hundred_random_aborts_leave_nothing_in_use():
         assert stats.held_documents == len(engine.group.ranks[0].documents) > 0
         held = sum(
             cost.prefix_bytes(SHAPE, len(tokens), depth, dtype_bytes=4)
-            for depth, tokens in engine.group.ranks[0].documents.values()
+            for (depth, _), tokens in engine.group.ranks[0].documents.values()
         )
         assert 0 < stats.document_bytes <= held
         assert (await engine.run(request())).token_ids == (1, 2, 3, 1)

@@ -34,6 +34,7 @@ ABLATIONS = [
     Spts(schedule=SCHEDULE, probe_tokens=4, ffn_score="attention"),
     Spts(schedule=SCHEDULE, probe_tokens=64, ffn_score="dense"),
 ]
+SPARSE = Spts(schedule=replace(SCHEDULE, attention_density=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,9 @@ async def test_one_rank_builds_no_process_group_and_nobody_compiles(ranks):
 
 
 @in_module_loop
-@pytest.mark.parametrize("method", [*METHODS, *ABLATIONS], ids=[*NAMES, "spts-4-attention", "spts-64-dense"])
+@pytest.mark.parametrize(
+    "method", [*METHODS, *ABLATIONS, SPARSE], ids=[*NAMES, "spts-4-attention", "spts-64-dense", "sparse"]
+)
 @pytest.mark.parametrize("length", [1, 63, 100, 500])
 async def test_ranks_choose_the_same_tokens_at_every_layer_and_agree_in_logits(ranks, whole, method, length):
     token_ids = prompt(length, seed=length)
@@ -231,6 +234,24 @@ async def test_the_next_question_on_a_document_is_answered_as_without_it(ranks, 
         assert list(result.work) == alone.prefill.work
         assert result.reused_tokens == (0 if number == 0 or shared < 64 else shared)
         assert result.reused_flops == spts.cost.reused_flops(whole.shape, result.reused_tokens, depth)
+
+
+@in_module_loop
+async def test_where_attention_is_sparse_a_question_on_a_document_is_answered_as_without_it(ranks, whole):
+    """Blocks of 128: what is reused ends with one, and a document of another density is not."""
+    document = prompt(470, seed=77)
+    for number, (method, shared, reused) in enumerate(
+        [(METHODS[1], 400, 0), (SPARSE, 470, 0), (SPARSE, 470, 384), (SPARSE, 300, 256), (SPARSE, 100, 0)]
+    ):
+        token_ids = (*document[:shared], *prompt(20 + number, seed=90 + number))
+        result = await ranks.engine.run(request("a", token_ids, method, 10))
+        alone = whole.generate(token_ids, method, 10)
+        assert list(result.token_ids) == alone.token_ids
+        assert list(result.work) == alone.prefill.work
+        assert result.reused_tokens == reused
+        assert result.reused_flops == spts.cost.reused_flops(whole.shape, reused, 2, 0.1 if reused else 1.0)
+    given = request("a", (*document[:300], *prompt(9, seed=7)), SPARSE, 10, prefix_tokens=300)
+    assert (await ranks.engine.run(given)).reused_tokens == 256
 
 
 @in_module_loop

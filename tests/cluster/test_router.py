@@ -131,6 +131,7 @@ async def test_a_completion_and_its_usage(folder, tokenizer):
         "method": "dense",
         "kv_tokens": kv_tokens,
         "kv_tokens_full": kv_tokens,
+        "attention_density": 1.0,
         "skipped_share": 0.0,
         "flops_share": 1.0,
         "kv_bytes": usage["spts"]["kv_bytes_full"],
@@ -171,6 +172,18 @@ async def test_the_pool_follows_the_exact_number_of_prompt_tokens(folder):
     assert usages[3]["kv_tokens_full"] == 600
     assert usages[3]["skipped_share"] == pytest.approx(0.45)
     assert 0 < usages[3]["flops_share"] < 1
+
+
+async def test_usage_says_what_share_of_the_pairs_sparse_attention_has_read(folder):
+    sparse = {**POOLS[1]["method"], "schedule": {**SCHEDULE.to_dict(), "attention_density": 0.1}}
+    async with endpoint(folder, pools=[POOLS[0], {"method": sparse}]) as (client, _):
+        usages = [
+            (await client.post(COMPLETIONS, json=completion(prompt=[7] * length))).json()["usage"]["spts"]
+            for length in (10, 384, 490)
+        ]
+    left_out = 106 * 128  # of the fourth block's queries, one of three earlier blocks
+    assert [usage["attention_density"] for usage in usages[:2]] == [1.0, 1.0]
+    assert usages[2]["attention_density"] == pytest.approx(1 - left_out / (490 * 491 / 2), abs=1e-6)
 
 
 async def test_a_pool_may_have_an_engine_of_its_own(folder):

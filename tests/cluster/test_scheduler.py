@@ -207,10 +207,9 @@ def test_a_prefill_aborted_halfway_gives_way_to_the_next():
 TEXT = tuple(range(100))
 
 
-def asks(request_id: str, *question: int, kv_bytes: int = 10, **more: Any) -> Demand:
-    return demand(
-        request_id, token_ids=(*TEXT, *question), kv_bytes=kv_bytes, depth=2, document_bytes=1, **more
-    )
+def asks(request_id: str, *question: int, **more: Any) -> Demand:
+    usual = {"kv_bytes": 10, "layers": (2, 1.0), "document_bytes": 1}
+    return demand(request_id, token_ids=(*TEXT, *question), **{**usual, **more})
 
 
 def answered(s: Scheduler, sent: Demand) -> Start:
@@ -238,6 +237,28 @@ def test_the_next_question_begins_with_what_the_first_left():
     assert answered(s, asks("d", *range(700, 750))).reuse == (2, 149)
 
 
+def test_where_attention_is_sparse_whole_blocks_are_kept_and_reused_at_one_density():
+    s = scheduler(document_bytes=500)
+    sparse = {"layers": (2, 0.1), "block_tokens": 32}
+    assert answered(s, asks("a", 500, 501, **sparse)) == Start(request_id="a", keep=(1, 96))
+    then = answered(s, asks("b", *range(600, 700), **sparse))
+    assert (then.reuse, then.keep) == ((1, 96), (2, 192))
+    assert answered(s, asks("c", *range(600, 629), **sparse)).reuse == (2, 128)
+    assert answered(s, asks("d", *range(600, 627), **sparse)).reuse == (1, 96)
+    assert answered(s, asks("e", 500, 501, **{**sparse, "layers": (2, 0.2)})).reuse is None
+    assert answered(s, asks("f", 500, 501)).reuse is None
+    assert answered(s, asks("g", 500, 501)).reuse == (4, 101)
+    given = answered(s, asks("h", 500, 501, prefix_tokens=64, **sparse))
+    assert (given.reuse, given.keep) == ((1, 64), None)
+
+
+def test_of_a_prompt_in_blocks_without_room_the_first_whole_ones_are_kept():
+    s = scheduler(document_bytes=80)
+    asked = [asks(name, 500, layers=(2, 0.1), block_tokens=32) for name in "ab"]
+    assert answered(s, asked[0]).keep == (1, 64)
+    assert answered(s, asked[1]) == Start(request_id="b", reuse=(1, 64))
+
+
 def test_a_given_prefix_is_reused_and_kept_as_it_is_or_not_at_all():
     s = scheduler(document_bytes=500)
     assert answered(s, asks("a", 500, prefix_tokens=0)) == Start(request_id="a")
@@ -251,7 +272,7 @@ def test_a_given_prefix_is_reused_and_kept_as_it_is_or_not_at_all():
 def test_of_a_prompt_without_room_the_first_tokens_are_kept():
     s = scheduler(document_bytes=150)
     long = (*TEXT, *range(1000, 1100))
-    asked = [demand(name, token_ids=(*long, 7, 8), depth=2, document_bytes=1) for name in "abc"]
+    asked = [demand(name, token_ids=(*long, 7, 8), layers=(2, 1.0), document_bytes=1) for name in "abc"]
     assert answered(s, asked[0]) == Start(request_id="a", keep=(1, 150))
     assert answered(s, asked[1]) == Start(request_id="b", reuse=(1, 150))
     assert s.document_bytes == 150
@@ -366,8 +387,9 @@ class Life(RuleBasedStateMachine):
         shared=st.integers(0, 90),
         own=st.integers(1, 70),
         prefix_tokens=st.sampled_from([None, None, 0, 1]),
+        block_tokens=st.sampled_from([1, 1, 16]),
     )
-    def arrive(self, kv_bytes, flops, shared, own, prefix_tokens):
+    def arrive(self, kv_bytes, flops, shared, own, prefix_tokens, block_tokens):
         self.number += 1
         name = str(self.number)
         token_ids = (*range(shared), *(1000 * self.number + place for place in range(own)))
@@ -376,9 +398,10 @@ class Life(RuleBasedStateMachine):
             token_ids=token_ids,
             kv_bytes=kv_bytes,
             flops=flops,
-            depth=0 if own == 1 else 2,
+            layers=(0 if own == 1 else 2, 1.0 if block_tokens == 1 else 0.5),
             document_bytes=1,
-            prefix_tokens=prefix_tokens,
+            block_tokens=block_tokens,
+            prefix_tokens=prefix_tokens and block_tokens * (len(token_ids) > block_tokens),
         )
         waiting = [each for each in self.alive if each not in self.left and each not in self.running]
         tokens = sum(len(self.alive[each].token_ids) for each in waiting)
@@ -425,8 +448,10 @@ class Life(RuleBasedStateMachine):
             if plan.start.reuse is not None:
                 assert plan.start.reuse[0] in self.on_ranks
                 assert 0 < plan.start.reuse[1] < len(self.alive[name].token_ids)
+                assert plan.start.reuse[1] % self.alive[name].block_tokens == 0
             if plan.start.keep is not None:
                 self.leaves[name] = plan.start.keep[0]
+                assert plan.start.keep[1] % self.alive[name].block_tokens == 0
         assert len(self.left) <= 2
         if plan.advance is not None:
             self._slice(plan.advance, aborted)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,12 @@ def test_schedule_by_name_is_scaled_to_depth_and_length():
     assert [stage.active_tokens for stage in small.stages] == [1152, 896, 512, 256]
     assert describe_schedule(small).startswith("dense before layer 10; 10-13: 1152 tokens, then keep 1024; ")
     assert describe_schedule(spts.Schedule.dense(3)) == "every layer dense"
+    sparse = replace(small, attention_density=0.1)
+    assert describe_schedule(sparse).startswith(
+        "dense before layer 10, attention to 0.1 of the blocks; 10-13:"
+    )
+    alone = replace(spts.Schedule.dense(3), attention_density=0.25)
+    assert describe_schedule(alone) == "every layer dense, attention to 0.25 of the blocks"
     demo = describe_schedule(spts.Schedule.preset("demo-12l"))
     assert demo.endswith("; 9-10: 256 tokens, then keep 160; the last 32 in every choice")
 

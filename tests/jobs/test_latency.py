@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from jobs import arena, latency
+from jobs.cases import plan
 from jobs.contestants import OnEngine, Own, Transformers, disagreement, random_model, random_proxies
-from jobs.timing import Timed, measure, plan, table, work_faults
+from jobs.timing import Timed, measure, table, work_faults
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -86,6 +87,40 @@ def test_the_papers_steps_and_where_their_time_goes(tmp_path, capsys):
     assert "200 tokens, spts, ms" in printed
 
 
+def test_sparse_shallow_layers_beside_the_papers_steps(capsys):
+    args = ("--shape", "tiny", "--lengths", "700", "--methods", "pap", "spts", "--density", "0.5", "0.1")
+    assert run_local(*args, "--parts") == 0
+    printed = capsys.readouterr().out
+    report = last_line(printed)
+    rows = {row["method"]: row for row in report["rows"]}
+    assert list(rows) == ["dense", "pap", "spts", "spts, density 0.5", "spts, density 0.1", "transformers"]
+    assert rows["spts"]["predicted_flop"] > rows["spts, density 0.1"]["predicted_flop"]
+    assert rows["spts"]["kv_bytes"] == rows["spts, density 0.1"]["kv_bytes"]
+    density = {name: row["attention_density"] for name, row in rows.items()}
+    assert density["dense"] == density["spts"] == density["transformers"] == 1.0
+    # At 0.1 of 6 blocks the last three each leave out what the three that are always read are not.
+    left_out = (128 + 2 * 128) * 128 + 3 * 128 * 60
+    assert density["spts, density 0.1"] == pytest.approx(1 - left_out / (700 * 701 / 2))
+    assert f"reads {density['spts, density 0.1']:.1%} of the first layers' pairs" in printed
+    calls = {
+        (part["method"], part["layers"]): part["calls"]
+        for part in report["parts"]
+        if part["part"] == "attention"
+    }
+    assert calls["spts", "0-2"] == calls["spts, density 0.1", "0-2"] == 3
+
+
+def test_sparse_attention_that_reads_everything_wrongly_is_not_timed(capsys, monkeypatch):
+    args = ("--shape", "tiny", "--lengths", "200", "--density", "0.5")
+
+    def wrong(q_MHd, k_LKd, v_LKd, scale, density):
+        return torch.zeros_like(q_MHd)
+
+    monkeypatch.setattr("spts.kernels.dispatch.sparse_attention", wrong)
+    assert run_local(*args) == 1
+    assert "spts with sparse attention that reads everything does not equal dense" in capsys.readouterr().err
+
+
 def test_published_budgets_are_not_scaled(capsys):
     names = ("--shape", "llama-3.1-8b", "--lengths", "100000", "--published", "--tokens-out", "1")
     assert latency.main(["--local", *names, "--device", "nowhere"]) == 2
@@ -145,6 +180,7 @@ def test_one_token_out_has_no_time_per_token(capsys):
     ("args", "message"),
     [
         (["--shape", "no-such"], "shape must be one of"),
+        (["--shape", "tiny", "--density", "0"], "attention_density must be a number above 0 and at most 1"),
         (["--shape", "tiny", "--model", "x"], "model must be left out with --shape"),
         (["--shape", "tiny", "--proxies", "x"], "proxies must be left out with --shape"),
         (["--shape", "tiny", "--rank", "0"], "rank must be an integer of at least 1, got 0"),

@@ -13,7 +13,12 @@ def report(*, length: int, parts: bool) -> dict:
             "speedup_vs_fastest_dense_ratio": ratio,
             "predicted_speedup_ratio": ratio,
         }
-        for method, ratio in (("dense", 1.0), ("spts", 2.5), ("transformers", 0.9))
+        for method, ratio in (
+            ("dense", 1.0),
+            ("spts", 2.5),
+            ("spts, density 0.1", 3.4),
+            ("transformers", 0.9),
+        )
     ]
     spent = [
         {"method": method, "length_tokens": length, "layers": "0-3", "part": part, "seconds": 0.2, "calls": 4}

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,8 +110,12 @@ FAULTS = [
         "schedule.scaled must be true or false, got 'yes'",
     ),
     (
+        {"methods": [{"name": "spts", "schedule": {"preset": "demo-12l", "attention_density": 0}}]},
+        "schedule.attention_density must be a number above 0 and at most 1, got 0",
+    ),
+    (
         {"methods": [{"name": "spts", "schedule": {"preset": "demo-12l", "num_layers": 6}}]},
-        r"schedule.num_layers must be a known key \(preset, scaled\)",
+        r"schedule.num_layers must be a known key \(preset, scaled, attention_density\)",
     ),
     (
         {"methods": [{"name": "spts", "schedule": {**SCHEDULE.to_dict(), "reference_tokens": 0}}]},
@@ -476,6 +480,10 @@ def test_concrete_schedules():
     fewer = concrete_schedule({"preset": "llama-3.1-8b", "scaled": True}, num_layers=8, length=1000)
     assert fewer == llama.scaled(num_layers=8, num_tokens=1000)
     assert concrete_schedule(llama.to_dict(), num_layers=32, length=10) == llama
+    sparse = {"preset": "llama-3.1-8b", "attention_density": 0.1}
+    assert concrete_schedule(sparse, num_layers=32, length=10) == replace(llama, attention_density=0.1)
+    both = concrete_schedule({**sparse, "scaled": True}, num_layers=32, length=16384)
+    assert both == replace(half, attention_density=0.1)
     assert concrete_schedule(Schedule.dense(4).to_dict(), num_layers=4, length=10) == Schedule.dense(4)
 
 

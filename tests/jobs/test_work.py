@@ -19,7 +19,7 @@ from jobs.record import read_plan
 from jobs.spec import load_sweep
 from jobs.tasks import Sample, get_task
 from jobs.work import common_prefix
-from spts.cost import dense_flops
+from spts.cost import dense_flops, reused_flops
 from spts.errors import ConfigError
 from tests.jobs.swept import SweptEngine, made, run
 
@@ -88,16 +88,18 @@ def test_predicted_cost(prepared):
         assert work.flops == dense if work.cell.record.label == "dense" else work.flops < 0.8 * dense
 
 
+QUESTIONS = [
+    {
+        "needle": f"The code of {key} is walnut.",
+        "question": f"What is the code of {key}?",
+        "answers": ["walnut"],
+    }
+    for key in ("lantern", "harbor")
+]
+
+
 def test_what_questions_share_is_counted_once(prepared):
-    questions = [
-        {
-            "needle": f"The code of {key} is walnut.",
-            "question": f"What is the code of {key}?",
-            "answers": ["walnut"],
-        }
-        for key in ("lantern", "harbor")
-    ]
-    one = prepared(tasks=[{"name": "grid", "depths": 2, "questions": questions}], lengths=[420], samples=4)
+    one = prepared(tasks=[{"name": "grid", "depths": 2, "questions": QUESTIONS}], lengths=[420], samples=4)
     shape = one.plans[0].shape
     (ready,) = one.prepared
     for group in ready.groups:
@@ -121,6 +123,26 @@ def test_what_questions_share_is_counted_once(prepared):
     assert forecast.total(one.prepared, flops_per_s=1e6).endswith(f", {clock_time(seconds)} of prefill")
     row = next(line for line in forecast.table(ready, flops_per_s=1e6) if line.startswith("dense"))
     assert row.split()[-1] == clock_time((cost.flops - cost.reused_flops) / 1e6)
+
+
+def test_where_attention_is_sparse_whole_blocks_are_shared(prepared, config):
+    sparse = {**config["methods"][1], "label": "sparse"}
+    sparse["schedule"] = {**sparse["schedule"], "attention_density": 0.1}
+    tasks = [{"name": "grid", "depths": 2, "questions": QUESTIONS}]
+    one = prepared(tasks=tasks, lengths=[420], samples=4, methods=[*config["methods"], sparse])
+    shape, (ready,) = one.plans[0].shape, one.prepared
+    shared: dict[str, list[int]] = {}
+    for group in ready.groups:
+        shared.setdefault(group.cell.record.label, []).append(group.prefix_tokens)
+    assert shared["sparse"] == [tokens - tokens % 128 for tokens in shared["spts"]]
+    assert any(tokens % 128 for tokens in shared["spts"])
+    schedule = next(cell for cell in one.plans[0].cells if cell.record.label == "sparse").method.schedule_for(
+        6
+    )
+    saved = sum(
+        reused_flops(shape, tokens, schedule.first_skip_layer, 0.1) for tokens in shared["sparse"]
+    )  # two questions on each context
+    assert ready.costs["sparse", 420].reused_flops == saved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,17 +15,18 @@ from spts.cost import (
     LayerWork,
     ModelShape,
     ProxyShape,
-    collective_bytes,
     dense_flops,
     dense_kv_bytes,
     kv_bytes,
     kv_tokens,
+    pairs_share,
     planned_work,
     prefill_flops,
     speedup,
 )
 from spts.errors import ConfigError
 from spts.schedule import Schedule, Stage
+from spts.traffic import collective_bytes
 
 LLAMA = ModelShape(
     num_layers=32,
@@ -103,6 +107,58 @@ def test_published_table(num_tokens, linear, attention, total, ratio):
     assert dense.total / 1e12 == pytest.approx(total, abs=1)
     work = planned_work(LLAMA_SCHEDULE, num_tokens)
     assert speedup(LLAMA, work, LLAMA_PROXY) == pytest.approx(ratio, abs=0.01)
+
+
+# The same table with sparse attention in layers 0-9. It counts the asked share of the pairs; blocks that are
+# always read are a little more, which tells at 8K.
+@pytest.mark.parametrize(
+    ("density", "ratios"),
+    [
+        (0.5, {32 * K: 3.06, 64 * K: 3.94, 128 * K: 4.74}),
+        (0.2, {32 * K: 3.44, 64 * K: 4.95, 128 * K: 6.94}),
+        (0.1, {8 * K: 1.52, 16 * K: 2.35, 32 * K: 3.59, 64 * K: 5.41, 128 * K: 8.20}),
+    ],
+)
+def test_published_table_with_sparse_attention(density, ratios):
+    sparse = replace(LLAMA_SCHEDULE, attention_density=density)
+    for num_tokens, ratio in ratios.items():
+        work = planned_work(sparse, num_tokens)
+        assert speedup(LLAMA, work, LLAMA_PROXY) == pytest.approx(ratio, abs=0.012)
+        assert density <= pairs_share(work) < density + 0.12 * 1024 / num_tokens
+
+
+def _visible(num_tokens: int, density: float) -> torch.Tensor:
+    """Which query sees which key, written out pair by pair: blocks in order, as only their number matters."""
+    seen = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    for query in range(num_tokens):
+        block = query // 128
+        num_read = min(block + 1, max(3, math.ceil(density * (block + 1))))
+        seen[query, (num_read - 1) * 128 : block * 128] = False
+    return seen
+
+
+@pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 384, 500, 1000, 1300])
+@pytest.mark.parametrize("density", [1.0, 0.9, 0.5, 0.1, 0.001])
+def test_sparse_attention_costs_the_pairs_that_it_reads(num_tokens, density):
+    schedule = replace(Schedule.dense(TINY.num_layers), attention_density=density)
+    work = planned_work(schedule, num_tokens)
+    pairs = int(_visible(num_tokens, density).sum())
+    attention = prefill_flops(TINY, work).by_component["attention"] // TINY.num_layers
+    # A product with a key and one with a value, 2 FLOP each; of a query's pair with itself, half.
+    assert attention == (pairs - num_tokens / 2) * 2 * 2 * TINY.num_heads * TINY.head_dim
+    assert pairs_share(work) == pairs / (num_tokens * (num_tokens + 1) / 2)
+    if num_tokens <= 384 or density == 1:
+        assert prefill_flops(TINY, work) == dense_flops(TINY, num_tokens)
+
+
+def test_only_layers_that_run_every_token_are_sparse():
+    work = planned_work(replace(LLAMA_SCHEDULE, attention_density=0.1), 32 * K)
+    assert [layer.attention_density for layer in work] == [0.1] * 10 + [1.0] * 22
+    plain = planned_work(LLAMA_SCHEDULE, 32 * K)
+    assert [replace(layer, attention_density=1.0) for layer in work] == plain
+    assert kv_bytes(LLAMA, work, 2) == kv_bytes(LLAMA, plain, 2)
+    assert pairs_share(plain) == 1.0
+    assert pairs_share([*plain, *work]) == pairs_share(work)
 
 
 def test_published_figures_at_32k():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,7 +34,18 @@ def models() -> tuple[SptsModel, SptsModel]:
     return here, SptsModel(there.cuda(), fingerprint=FINGERPRINT, proxies=here.proxies)
 
 
-@pytest.mark.parametrize("method", [Dense(), Spts(schedule=ample_schedule(6, 300))], ids=["dense", "full"])
+SPARSE = replace(SCHEDULE, first_skip_layer=2, attention_density=0.7)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Dense(),
+        Spts(schedule=ample_schedule(6, 300)),
+        Spts(schedule=replace(Schedule.dense(6), attention_density=0.1)),  # of 300 tokens it reads all
+    ],
+    ids=["dense", "full", "sparse"],
+)
 def test_a_gpu_answers_as_the_cpu(models, method):
     here, there = models
     token_ids = prompt(300)
@@ -47,12 +60,14 @@ def test_a_gpu_answers_as_the_cpu(models, method):
 
 
 @pytest.mark.parametrize(
-    "method", [Spts(schedule=SCHEDULE), Recency(schedule=SCHEDULE)], ids=["spts", "recency"]
+    "method",
+    [Spts(schedule=SCHEDULE), Recency(schedule=SCHEDULE), Spts(schedule=SPARSE)],
+    ids=["spts", "recency", "sparse"],
 )
 def test_no_layer_waits_for_the_host(models, method):
     _, there = models
-    there.prefill(prompt(300), method)  # what is compiled at first use is compiled
-    state = there.start_prefill(prompt(300), method)
+    there.prefill(prompt(700), method)  # what is compiled at first use is compiled
+    state = there.start_prefill(prompt(700), method)
     torch.cuda.set_sync_debug_mode("error")
     try:
         while state.next_layer < 5:  # the last layer's slice ends the prefill, which asks for NaN
@@ -115,3 +130,27 @@ def test_a_captured_step_does_not_wait_for_the_host(models):
         there.decode_step(token_ids, [cache])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("flops", [3 * 10**7, None])
+def test_sparse_attention_on_a_gpu_is_the_same_in_slices_and_on_a_document(models, flops):
+    """Not compared with the CPU: a near tie may choose another block there."""
+    _, there = models
+    method, document = Spts(schedule=SPARSE), prompt(900)
+    first = there.start_prefill(document, method, keep_prefix=640)
+    while not there.advance(first):
+        pass
+    token_ids = document[:700] + prompt(200)
+    whole = there.prefill(token_ids, method)
+    for state in (
+        there.start_prefill(token_ids, method),
+        there.start_prefill(token_ids, method, prefix=first.kept),
+    ):
+        while not there.advance(state, flops):
+            pass
+        assert state.result is not None
+        for layer in range(2):
+            for ours, theirs in zip(
+                state.cache.layers[layer].rows(), whole.cache.layers[layer].rows(), strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ METHODS: dict[str, Method] = {
     "pap": Spts(schedule=UNCUT, ffn_score="dense"),
     "wide-probe": Spts(schedule=SCHEDULE, probe_tokens=64, ffn_score="attention"),
     "recency": Recency(schedule=UNCUT),
+    "sparse": Spts(schedule=replace(SCHEDULE, attention_density=0.5)),
+    "sparse-alone": Spts(schedule=replace(Schedule.dense(6), attention_density=0.1)),
 }
 
 

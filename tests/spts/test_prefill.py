@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,8 +125,9 @@ SHAPE = ModelShape(
 
 @given(before=st.integers(0, 2**20), flops=st.integers(0, 2**60))
 def test_rows_within_are_the_most_that_fit(before, flops):
-    rows = cost.rows_within(SHAPE, before, flops)
+    rows = cost.rows_within(SHAPE, before, 2**60, flops)
     assert cost.rows_flops(SHAPE, before, rows) <= flops < cost.rows_flops(SHAPE, before, rows + 1)
+    assert cost.rows_within(SHAPE, before, rows // 2, flops) == rows // 2
 
 
 @given(before=st.integers(0, 10**5), rows=st.integers(0, 10**5))
@@ -136,3 +138,36 @@ def test_rows_of_a_dense_layer_add_up_to_the_layer(before, rows):
         work = cost.planned_work(Schedule.dense(32), rows)[0]
         proxy = ProxyShape(channels=512, rank=192)
         assert cost.rows_flops(SHAPE, 0, rows) == cost.layer_flops(SHAPE, work, proxy).total
+
+
+@given(
+    blocks=st.integers(0, 300),
+    most=st.integers(1, 40_000),
+    flops=st.integers(0, 10**15),
+    density=st.sampled_from([0.05, 0.3, 0.9]),
+)
+def test_rows_within_are_all_or_the_most_whole_blocks_that_fit(blocks, most, flops, density):
+    before = 128 * blocks
+
+    def spent(rows: int) -> int:
+        return cost.rows_flops(SHAPE, before, rows, density)
+
+    rows = cost.rows_within(SHAPE, before, most, flops, density)
+    assert rows <= most
+    assert spent(rows) <= flops or rows == 0
+    if rows < most:
+        assert rows % 128 == 0
+        assert spent(min(most, rows + 128)) > flops
+
+
+@given(
+    before=st.integers(0, 300).map(lambda blocks: 128 * blocks),
+    rows=st.integers(1, 10**4),
+    density=st.sampled_from([0.05, 0.3, 0.9]),
+)
+def test_rows_of_a_sparse_layer_add_up_to_the_layer(before, rows, density):
+    whole = cost.rows_flops(SHAPE, 0, before + rows, density)
+    assert cost.rows_flops(SHAPE, 0, before, density) + cost.rows_flops(SHAPE, before, rows, density) == whole
+    schedule = replace(Schedule.dense(32), attention_density=density)
+    work = cost.planned_work(schedule, before + rows)[0]
+    assert whole == cost.layer_flops(SHAPE, work, None).total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -24,7 +25,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     sizes = st.lists(st.integers(1, 70_000), min_size=len(ends), max_size=len(ends))
     budgets, cuts = (sorted(draw(sizes), reverse=True) for _ in range(2))
     if not ends:
-        return Schedule.dense(num_layers)
+        return replace(Schedule.dense(num_layers), attention_density=draw(st.sampled_from([1.0, 0.2])))
     return Schedule(
         num_layers=num_layers,
         first_skip_layer=first,
@@ -33,6 +34,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
             for end, budget, cut in zip(ends, budgets, cuts, strict=True)
         ),
         recent_tokens=draw(st.integers(1, min(*budgets, *cuts))),
+        attention_density=draw(st.sampled_from([1.0, 0.1, 0.5])),
     )
 
 
@@ -111,6 +113,14 @@ def _plain(**changes: object) -> dict[str, object]:
         ({"stages": []}, "first_skip_layer", "must equal num_layers = 8 when there are no stages, got 2"),
         ({"stages": None}, "stages", "must be a list of stages, got None"),
         ({"stages": [7]}, "stages[0]", "must be a mapping with the keys last_layer, .* got 7"),
+        ({"attention_density": 0}, "attention_density", "must be a number above 0 and at most 1, got 0;"),
+        ({"attention_density": -0.5}, "attention_density", "must be a number above 0 .* got -0.5;"),
+        ({"attention_density": 1.01}, "attention_density", "must be a number .* at most 1, got 1.01;"),
+        ({"attention_density": math.nan}, "attention_density", "must be a number above 0 .* got nan;"),
+        ({"attention_density": math.inf}, "attention_density", "must be a number above 0 .* got inf;"),
+        ({"attention_density": True}, "attention_density", "must be a number above 0 .* got True;"),
+        ({"attention_density": "0.5"}, "attention_density", "must be a number above 0 .* got '0.5';"),
+        ({"attention_density": None}, "attention_density", "must be a number above 0 .* got None;"),
         ({"budget": 3}, "budget", r"must be a known key \(num_layers, .*\), got 'budget'; remove it"),
         ({"second__keep": 3}, "stages[1].keep", r"must be a known key \(last_layer, .*\), got 'keep'"),
     ],
@@ -212,6 +222,8 @@ def test_scaling_is_valid_everywhere_and_follows_its_rule_layer_by_layer(schedul
         assert scaled.active_tokens(layer) == (tokens(running[0].active_tokens) if running else None)
         assert scaled.keep_tokens(layer) == (tokens(ending[-1]) if ending else None)
     assert scaled.num_layers == depth
+    assert scaled.attention_density == schedule.attention_density
+    assert scaled.first_skip_layer == (first if scaled.stages else depth)
     assert scaled == Schedule.from_dict(scaled.to_dict())
 
 
@@ -264,3 +276,18 @@ def test_a_preset_scales_by_its_own_reference(name):
     assert Schedule.preset(name, num_layers=8, num_tokens=1000) == preset.schedule.scaled(
         num_layers=8, num_tokens=1000, reference_tokens=preset.reference_tokens
     )
+
+
+def test_attention_is_sparse_before_the_first_layer_that_skips_and_nowhere_else():
+    sparse = replace(Schedule.preset("llama-3.1-8b"), attention_density=0.1)
+    assert [sparse.density(layer) for layer in range(32)] == [0.1] * 10 + [1.0] * 22
+    assert (sparse.block_tokens, Schedule.preset("llama-3.1-8b").block_tokens) == (128, 1)
+    alone = replace(Schedule.dense(4), attention_density=0.1)
+    assert [alone.density(layer) for layer in range(4)] == [0.1] * 4
+    assert Schedule.preset("llama-3.1-8b").attention_density == 1.0
+
+
+def test_a_density_of_1_is_the_same_schedule_and_record_however_it_is_written():
+    said = Schedule.from_dict({**_plain(), "attention_density": 1})
+    assert said == Schedule.from_dict(_plain())
+    assert json.dumps(said.to_dict()) == json.dumps(Schedule.from_dict(_plain()).to_dict())
