@@ -147,8 +147,8 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     num_queries, num_heads, head_dim = q_MHd.shape
     num_keys, num_kv_heads = k_LKd.shape[:2]
     require("q_MHd", q_MHd, shape=(num_queries, num_heads, head_dim), like=q_MHd, dtypes=HALF_AND_FLOAT)
-    for name, rows in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
-        require(name, rows, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd)
+    for name, x_LKd in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
+        require(name, x_LKd, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"q_MHd must have a multiple of k_LKd's {num_kv_heads} heads, got {num_heads}; correct the call"
