@@ -33,7 +33,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     for x_RD, out_RD in zip(x_TD.split(_NORM_ROWS), out_TD.split(_NORM_ROWS), strict=True):
         x_RD_float = x_RD.float()
         inverse_R1 = torch.rsqrt(x_RD_float.pow(2).mean(-1, keepdim=True) + eps)
-        torch.mul(weight_D, (x_RD_float * inverse_R1).to(x_RD.dtype), out=out_RD)
+        torch.mul(x_RD_float, inverse_R1, out=out_RD).mul_(weight_D)
     return out_TD
 
 
@@ -111,12 +111,20 @@ def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) 
 
     Example: scores [0.2, 0.5, 0.1, 0.5, 0.5, 0.0], 3 kept, 1 recent gives [1, 3, 5].
     """
-    num_candidates = scores_T.shape[0]
-    earlier_T = scores_T[: num_candidates - num_recent]
-    ranked = torch.sort(earlier_T, descending=True, stable=True).indices[: num_kept - num_recent]
-    last = torch.arange(num_candidates - num_recent, num_candidates, device=ranked.device)
     has_nan.logical_or_(scores_T.isnan().any())
-    return torch.cat((ranked.sort().values, last))
+    row_T = torch.arange(scores_T.shape[0], device=scores_T.device)
+    num_earlier, num_chosen = scores_T.shape[0] - num_recent, num_kept - num_recent
+    kept_M = row_T[-num_kept:].clone()
+    if num_chosen:
+        earlier_E = scores_T[:num_earlier].nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        lowest = earlier_E.topk(num_chosen, sorted=False).values.amin()
+        above_E, equal_E = earlier_E > lowest, earlier_E == lowest
+        chosen_E = above_E | (equal_E & (equal_E.cumsum(0) <= num_chosen - above_E.sum()))
+        # Each row goes to its place among the chosen; the others to one behind them all.
+        place_E = torch.where(chosen_E, chosen_E.cumsum(0) - 1, num_chosen)
+        placed = row_T.new_empty(num_chosen + 1).scatter_(0, place_E, row_T[:num_earlier])
+        kept_M[:num_chosen] = placed[:-1]
+    return kept_M
 
 
 def gather_rows(x_TD: Tensor, index_M: Tensor) -> Tensor:
