@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -77,7 +78,20 @@ class Router:
         app.add_exception_handler(HTTPException, _no_such_route)
         for kind in (ApiError, EngineError, SptsError, Exception):
             app.add_exception_handler(kind, self._failure)
-        return RequestId(app if self._keys is None else Guard(app, self._keys, self._metrics))
+        guarded: ASGIApp = app if self._keys is None else Guard(app, self._keys, self._metrics)
+        return RequestId(self._cross_origin(guarded))
+
+    def _cross_origin(self, app: ASGIApp) -> ASGIApp:
+        """Before the keys: a browser's preflight brings none, and a refusal is for the page to read."""
+        if not self._config.cors_origins:
+            return app
+        return CORSMiddleware(
+            app,
+            allow_origins=self._config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # clients bring headers of their own, which say nothing here
+            expose_headers=("x-request-id", "retry-after"),
+        )
 
     # -- routes ----------------------------------------------------------------------------------------------
 
