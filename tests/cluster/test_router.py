@@ -410,6 +410,21 @@ async def test_the_openai_client_works_unmodified(folder):
         assert long.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("nulls", [False, True], ids=["as it is", "with all nulls"])
+async def test_an_answer_may_be_sent_back_as_a_turn_of_the_conversation(folder, nulls):
+    """As the client's own guide has it: messages.append(answer.choices[0].message)."""
+    async with endpoint(folder) as (client, engine):
+        sdk = openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=client, max_retries=0)
+        messages: list = [{"role": "user", "content": "hi"}]
+        for _ in range(2):
+            answer = await sdk.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+            message = answer.choices[0].message
+            messages.append(message.model_dump() if nulls else message)
+            messages.append({"role": "user", "content": "and?"})
+        sent = [step.start for step in engine.group.steps if step.start is not None][1:]
+    assert len(sent[1].token_ids) > len(sent[0].token_ids)
+
+
 def test_every_kind_of_error_has_its_row():
     assert set(ERROR_KINDS) <= set(HTTP_ERRORS)
     assert {row.retry_after_s is not None for row in HTTP_ERRORS.values() if row.status == 503} == {True}
