@@ -297,10 +297,13 @@ def _answering(file: Response) -> Callable[[], Awaitable[Response]]:
 
 async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return error_response(
-        ApiError(kind, f"route must exist, got {http.method} {http.url.path}; see the README")
-    )
+    asked = f"got {http.method} {http.url.path}; see the README"
+    if error.status_code != 405:
+        return error_response(ApiError("not_found", f"route must exist, {asked}"))
+    allow = (error.headers or {})["Allow"]
+    response = error_response(ApiError("method_not_allowed", f"method must be {allow}, {asked}"))
+    response.headers["Allow"] = allow
+    return response
 
 
 def _id(http: HttpRequest) -> str:

@@ -260,6 +260,20 @@ async def test_what_is_not_there_has_the_same_shape(folder):
             assert (answer.status_code, error_of(answer)["code"]) == (status, code)
 
 
+async def test_a_wrong_method_is_told_the_right_one(folder):
+    async with endpoint(folder) as (client, _):
+        for method, path, allowed in (
+            ("GET", COMPLETIONS, "POST"),
+            ("DELETE", "/v1/models", "GET"),
+            ("PUT", "/v1/models/tiny", "GET"),
+            ("POST", "/health", "GET"),
+            ("PROPFIND", "/", "GET"),
+        ):
+            answer = await client.request(method, path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+            assert f"method must be {allowed}, got {method} {path};" in error_of(answer)["message"]
+
+
 async def test_a_body_larger_than_any_prompt_is_413(folder):
     async with endpoint(folder, max_prompts=1) as (client, _):
         await client.post(COMPLETIONS, json=completion())  # from now on the context is known
