@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -177,15 +176,20 @@ class Router:
         """The body, up to what the longest allowed batch of prompts could take, and within the deadline of
         the whole request."""
         longest = await self._dispatcher.longest()
-        limit = math.inf  # while an engine loads, it is not known what it takes
-        if longest is not None:
-            limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
+        known = self._dispatcher.known_context
+        limit = BYTES_AROUND + BYTES_PER_TOKEN * known * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
         try:
             spent_s = time.perf_counter() - http.scope["state"]["arrived"]
             async with asyncio.timeout(self._config.request_timeout_s - spent_s):
                 async for part in http.stream():
                     raw += part
+                    if len(raw) > limit and longest is None:
+                        raise EngineError(
+                            "unavailable",
+                            f"body must be at most {limit} bytes while an engine loads, got more; retry "
+                            "later",
+                        )
                     if len(raw) > limit:
                         raise ApiError(
                             "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
