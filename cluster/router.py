@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from cluster.answers import SSE_END, Endpoint, Piece, sse
 from cluster.api import AnyBody, ChatBody, CompletionBody, GenerationBody, parse_body, turns
@@ -31,6 +31,7 @@ from cluster.metrics import Metrics
 from cluster.openapi import openapi
 from cluster.page import page_files
 from cluster.protocol import EngineError
+from cluster.request_id import RequestId
 from cluster.tokenizer import TextTokenizer
 from cluster.tokens import DetokenizeBody, TokenizeBody
 from spts.errors import SptsError
@@ -299,6 +300,11 @@ def _answering(file: Response) -> Callable[[], Awaitable[Response]]:
     return answer
 
 
+def _id(http: HttpRequest) -> str:
+    request_id: str = http.scope["state"]["request_id"]
+    return request_id
+
+
 async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     asked = f"got {http.method} {http.url.path}; see the README"
@@ -308,35 +314,3 @@ async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
     response = error_response(ApiError("method_not_allowed", f"method must be {allow}, {asked}"))
     response.headers["Allow"] = allow
     return response
-
-
-def _id(http: HttpRequest) -> str:
-    request_id: str = http.scope["state"]["request_id"]
-    return request_id
-
-
-class RequestId:
-    """ASGI middleware: an id for every request, in `scope["state"]["request_id"]` and the answer's
-    x-request-id.
-
-    Serve's proxy gives requests an id too and puts it into the answer itself; then that one is used.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with an id."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id")
-        request_id = uuid.uuid4().hex if given is None else given.decode("latin-1")
-        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.perf_counter())
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start" and given is None:
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
