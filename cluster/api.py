@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ApiError
 from cluster.strict import brief, explain
@@ -213,11 +213,25 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One turn of a conversation. name: accepted and without effect, chat templates have no place for it."""
+    """One turn of a conversation. name: accepted and without effect, chat templates have no place for it.
+
+    Clients send an answer's message back as the next request's history, with its nulls.
+    """
+
+    nulls: ClassVar[frozenset[str]] = frozenset(
+        {"annotations", "audio", "function_call", "refusal", "tool_calls"}
+    )
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Listed[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.nulls}
 
     @property
     def text(self) -> str:

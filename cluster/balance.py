@@ -77,8 +77,9 @@ class Balance:
         shut = {
             name
             for name, others in replicas.items()
-            if others is None or now < self._avoided.get(name, float("-inf"))
+            if others is None or now < self._avoided.get(name, float("-inf")) or name in placement.refused_by
         }
+        placement.others = {*replicas} - shut
         # With the same work ahead, whichever was chosen longest ago: documents spread over idle replicas.
         ranked = sorted(replicas, key=lambda name: (name in shut, ahead[name], self._turns.get(name, -1)))
         open_to_all = {name: ahead[name] for name in replicas if name not in shut} or ahead
@@ -120,7 +121,8 @@ class Balance:
 class Placement:
     """Where one prompt goes. Its tokens count as ahead of a replica from `rank` to `close`.
 
-    num_tokens: of the prompt. replica: where it is now; None = nowhere.
+    num_tokens: of the prompt. replica: where it is now; None = nowhere. refused_by: replicas that were full.
+    others: those that might take it, when it was ranked.
     """
 
     def __init__(self, balance: Balance, token_ids: Sequence[int]) -> None:
@@ -130,6 +132,8 @@ class Placement:
         self._closed = False
         self.num_tokens = len(token_ids)
         self.replica: str | None = None
+        self.refused_by: set[str] = set()
+        self.others: set[str] = set()
 
     @property
     def router_id(self) -> str:
@@ -140,7 +144,7 @@ class Placement:
         """`replicas`, best first; the prompt now counts for the best one.
 
         replicas: for each, the tokens that other routers have there; None = it says that it is not ready.
-        Those, and replicas that have just failed, come last.
+        Those, replicas that have just failed and those that were full come last.
         """
         # With a single replica there is no choice to make, and digests of long prompts take milliseconds.
         if len(replicas) > 1 and not self._blocks:
@@ -163,6 +167,16 @@ class Placement:
             if self.replica is not None:
                 self._balance._avoided[self.replica] = self._balance._clock() + AVOID_S
         self.close()
+
+    def refuse(self) -> bool:
+        """The replica that had it is full. Whether to rank it again: another one may have room."""
+        with self._balance._lock:
+            replica = self.replica
+            self._balance._take_back(self)
+            if replica is None or replica in self.refused_by:
+                return False
+            self.refused_by.add(replica)
+            return not self.others <= self.refused_by
 
     def close(self) -> None:
         """The prompt has been read, or nobody wants it any more. Again: nothing."""

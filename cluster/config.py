@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.origins import check_origins
 from cluster.strict import Strict, explain, parse, refuse_unknown_keys
 from cluster.yaml_file import read_yaml
 from spts import methods
@@ -136,6 +137,7 @@ class AppConfig(Strict):
     max_prompts: prompts x n in one HTTP request. api_keys_file: absolute path of a text file where the router
     runs, one key a line, # begins a comment; api_keys_env: name of an environment variable there, keys
     separated by commas or lines. Either, both, or neither for an endpoint without keys.
+    cors_origins: sites whose pages a browser lets ask; none, exact origins, or "*" for any.
     max_echo_tokens: longest prompt whose own log-probabilities a request may ask for (echo); all of its
     distributions are in memory at once, and other requests wait. allowed_methods: what a request may choose.
     min_budget_tokens: least active_tokens and keep_tokens of a schedule that a request brings.
@@ -150,6 +152,7 @@ class AppConfig(Strict):
     max_prompts: int = Field(default=64, ge=1)
     api_keys_file: str | None = Field(default=None, min_length=1)
     api_keys_env: str | None = Field(default=None, min_length=1)
+    cors_origins: Annotated[tuple[str, ...], Field(strict=False)] = ()
     max_echo_tokens: int = Field(default=2048, ge=0)
     allowed_methods: Annotated[tuple[str, ...], Field(strict=False)] = tuple(methods.METHODS)
     min_budget_tokens: int = Field(default=1, ge=1)
@@ -164,6 +167,12 @@ class AppConfig(Strict):
                 f"api_keys_file must be an absolute path, got {value!r}; a router has a working directory of "
                 "its own"
             )
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_as_browsers_send_them(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_origins(value)
         return value
 
     @field_validator("allowed_methods")

@@ -74,9 +74,12 @@ class Dispatcher:
     @property
     def max_context(self) -> int | None:
         """Longest prompt plus answer of any engine, in tokens; None until every engine has told."""
-        if len(self._infos) < len(self._engines):
-            return None
-        return max(info.max_context for info in self._infos.values())
+        return self.known_context if len(self._infos) == len(self._engines) else None
+
+    @property
+    def known_context(self) -> int:
+        """The same of the engines that have told, 0 if none has."""
+        return max((info.max_context for info in self._infos.values()), default=0)
 
     async def longest(self, *, wait: bool = False) -> int | None:
         """`max_context`; engines that have not told are asked. wait: for all of them; else for none, as soon

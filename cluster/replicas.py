@@ -88,24 +88,31 @@ class ServeEngine:
         return total(known)
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache."""
+        """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache. A
+        replica that is full passes the request on to one that may have room, each of them once."""
         placement = self._balance.open(request.token_ids)
-        # A second try may reach a replica that has yet to hear that the first one is over.
-        request_id = f"{placement.router_id}-{request.request_id}-{next(self._sent)}"
-        named = replace(request, request_id=request_id)
-        chunks = self._handle.options(stream=True).generate.remote(PlacedRequest(named, placement))
         try:
-            with _engine_errors():
-                async for chunk in chunks:
-                    placement.close()
-                    yield chunk
-        except EngineError as error:
-            if error.kind == "unavailable":
-                placement.fail()
-            raise
+            while True:
+                # A second try may reach a replica that has yet to hear that the first one is over.
+                request_id = f"{placement.router_id}-{request.request_id}-{next(self._sent)}"
+                named = replace(request, request_id=request_id)
+                chunks = self._handle.options(stream=True).generate.remote(PlacedRequest(named, placement))
+                try:
+                    with _engine_errors():
+                        async for chunk in chunks:
+                            placement.close()
+                            yield chunk
+                    return
+                except EngineError as error:
+                    if error.kind == "unavailable":
+                        placement.fail()
+                    # Placements count what is to be read; a replica may have its places taken by answers.
+                    if error.kind != "overloaded" or not placement.refuse():
+                        raise
+                finally:
+                    chunks.cancel()
         finally:
             placement.close()
-            chunks.cancel()
 
     async def _everyone(self, method: str) -> list[Coroutine[Any, Any, Any]]:
         """What each replica is going to answer; None if it does not."""

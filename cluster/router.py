@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -15,10 +14,11 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from cluster.answers import SSE_END, Endpoint, Piece, sse
 from cluster.api import AnyBody, ChatBody, CompletionBody, GenerationBody, parse_body, turns
@@ -31,6 +31,7 @@ from cluster.metrics import Metrics
 from cluster.openapi import openapi
 from cluster.page import page_files
 from cluster.protocol import EngineError
+from cluster.request_id import RequestId
 from cluster.tokenizer import TextTokenizer
 from cluster.tokens import DetokenizeBody, TokenizeBody
 from spts.errors import SptsError
@@ -77,7 +78,20 @@ class Router:
         app.add_exception_handler(HTTPException, _no_such_route)
         for kind in (ApiError, EngineError, SptsError, Exception):
             app.add_exception_handler(kind, self._failure)
-        return RequestId(app if self._keys is None else Guard(app, self._keys, self._metrics))
+        guarded: ASGIApp = app if self._keys is None else Guard(app, self._keys, self._metrics)
+        return RequestId(self._cross_origin(guarded))
+
+    def _cross_origin(self, app: ASGIApp) -> ASGIApp:
+        """Before the keys: a browser's preflight brings none, and a refusal is for the page to read."""
+        if not self._config.cors_origins:
+            return app
+        return CORSMiddleware(
+            app,
+            allow_origins=self._config.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # clients bring headers of their own, which say nothing here
+            expose_headers=("x-request-id", "retry-after"),
+        )
 
     # -- routes ----------------------------------------------------------------------------------------------
 
@@ -163,15 +177,20 @@ class Router:
         """The body, up to what the longest allowed batch of prompts could take, and within the deadline of
         the whole request."""
         longest = await self._dispatcher.longest()
-        limit = math.inf  # while an engine loads, it is not known what it takes
-        if longest is not None:
-            limit = BYTES_AROUND + BYTES_PER_TOKEN * longest * self._config.max_prompts
+        known = self._dispatcher.known_context
+        limit = BYTES_AROUND + BYTES_PER_TOKEN * known * self._config.max_prompts
         raw = bytearray()  # bytes would be copied for every part
         try:
             spent_s = time.perf_counter() - http.scope["state"]["arrived"]
             async with asyncio.timeout(self._config.request_timeout_s - spent_s):
                 async for part in http.stream():
                     raw += part
+                    if len(raw) > limit and longest is None:
+                        raise EngineError(
+                            "unavailable",
+                            f"body must be at most {limit} bytes while an engine loads, got more; retry "
+                            "later",
+                        )
                     if len(raw) > limit:
                         raise ApiError(
                             "payload_too_large", f"body must be at most {limit} bytes, got more; send less"
@@ -281,41 +300,17 @@ def _answering(file: Response) -> Callable[[], Awaitable[Response]]:
     return answer
 
 
-async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return error_response(
-        ApiError(kind, f"route must exist, got {http.method} {http.url.path}; see the README")
-    )
-
-
 def _id(http: HttpRequest) -> str:
     request_id: str = http.scope["state"]["request_id"]
     return request_id
 
 
-class RequestId:
-    """ASGI middleware: an id for every request, in `scope["state"]["request_id"]` and the answer's
-    x-request-id.
-
-    Serve's proxy gives requests an id too and puts it into the answer itself; then that one is used.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with an id."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id")
-        request_id = uuid.uuid4().hex if given is None else given.decode("latin-1")
-        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.perf_counter())
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start" and given is None:
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
+async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    asked = f"got {http.method} {http.url.path}; see the README"
+    if error.status_code != 405:
+        return error_response(ApiError("not_found", f"route must exist, {asked}"))
+    allow = (error.headers or {})["Allow"]
+    response = error_response(ApiError("method_not_allowed", f"method must be {allow}, {asked}"))
+    response.headers["Allow"] = allow
+    return response

@@ -19,6 +19,7 @@ from cluster.tokenizer import TextTokenizer
 from tests.cluster.tiny import write_model, write_tokenizer
 
 KEY = "sk-demo-1"
+SITE = "https://chat.example.org"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -87,13 +88,13 @@ def driver(ray_cluster):
 @pytest.fixture(scope="session")
 def demo_url(tmp_path_factory) -> Iterator[str]:
     """Address of ray_config.yaml as `make serve` runs it: the bundled model on a cluster of its own, here
-    with an API key and a free port."""
+    with an API key, a site whose pages may ask, and a free port."""
     folder = tmp_path_factory.mktemp("demo")
     port = free_ports(1)[0]
     config = yaml.safe_load((REPOSITORY / "ray_config.yaml").read_text())
     config["http_options"]["port"] = port
     (folder / "keys").write_text(KEY)
-    config["applications"][0]["args"]["api_keys_file"] = str(folder / "keys")
+    config["applications"][0]["args"] |= {"api_keys_file": str(folder / "keys"), "cors_origins": [SITE]}
     (folder / "ray_config.yaml").write_text(yaml.safe_dump(config))
     log = folder / "serve.log"
     with log.open("wb") as output:

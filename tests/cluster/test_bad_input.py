@@ -54,6 +54,20 @@ BAD = [
         "unsupported_parameter",
         "image_url",
     ),
+    (
+        CHAT,
+        chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]),
+        "messages",
+        "unsupported_parameter",
+        "messages.0.tool_calls must be one of role, content, name, got an unknown key",
+    ),
+    (
+        CHAT,
+        chat(messages=[{"role": "user", "content": "x", "weight": None}]),
+        "messages",
+        "unsupported_parameter",
+        "messages.0.weight must be one of",
+    ),
     (CHAT, chat(top_logprobs=2), "top_logprobs", "invalid_value", "logprobs = true, got 2; add logprobs"),
     (CHAT, chat(stream_options={"include_usage": True}), "stream_options", "invalid_value", "stream = true"),
     (COMPLETIONS, completion(temperature=-1), "temperature", "invalid_value", "equal to 0, got -1"),
@@ -244,6 +258,20 @@ async def test_what_is_not_there_has_the_same_shape(folder):
             (await client.post(CHAT, json={"model": "tiny"}), 400, "invalid_value"),
         ):
             assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+
+
+async def test_a_wrong_method_is_told_the_right_one(folder):
+    async with endpoint(folder) as (client, _):
+        for method, path, allowed in (
+            ("GET", COMPLETIONS, "POST"),
+            ("DELETE", "/v1/models", "GET"),
+            ("PUT", "/v1/models/tiny", "GET"),
+            ("POST", "/health", "GET"),
+            ("PROPFIND", "/", "GET"),
+        ):
+            answer = await client.request(method, path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+            assert f"method must be {allowed}, got {method} {path};" in error_of(answer)["message"]
 
 
 async def test_a_body_larger_than_any_prompt_is_413(folder):

@@ -98,6 +98,31 @@ def test_a_replica_that_is_not_ready_comes_last():
     assert balance.open([1] * 9).rank({"a": None, "b": None})[0] == "a", "b has 9 ahead"
 
 
+def test_a_replica_that_refused_a_prompt_comes_last_for_that_prompt_alone():
+    balance = Balance(affinity_tokens=2**15)
+    text = document(0, 4)
+    placement = go(balance, text)
+    assert (placement.replica, placement.refuse()) == ("a", True)
+    assert balance.ahead == {}
+    assert placement.rank({"a": 0, "b": 10**6}) == ["b", "a"]
+    assert go(balance, [1] * 9).replica == "a", "it may have room again by now"
+    assert not placement.refuse(), "both are full"
+    assert not placement.refuse(), "it is nowhere"
+
+
+@pytest.mark.parametrize("replicas", [{"a": 0}, {"a": 0, "b": None}])
+def test_who_is_refused_by_the_only_one_that_is_ready_need_not_try_again(replicas):
+    assert not go(Balance(affinity_tokens=0), [1] * 9, replicas).refuse()
+
+
+def test_serve_sends_it_to_a_replica_that_has_refused_it_once_at_most():
+    placement = go(Balance(affinity_tokens=0), [1] * 9, {"a": 0, "b": 0, "c": 0})
+    for again in (True, False):
+        placement.move("a")
+        assert placement.refuse() == again
+        placement.rank({"a": 0, "b": 0, "c": 0})
+
+
 def test_serve_may_send_it_elsewhere_than_advised():
     balance = Balance(affinity_tokens=2**15)
     text = document(0, 4)

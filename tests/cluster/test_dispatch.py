@@ -256,6 +256,10 @@ async def test_an_engine_that_loads_longer_than_others_is_waited_for_before_a_le
         assert (await client.post(COMPLETIONS, json=completion())).status_code == 200, "of the short one"
         answer = await client.post(COMPLETIONS, json=completion(**long_text))
         assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
+        huge = completion(prompt="x" * (2**16 + 16 * 64 * 64))
+        answer = await client.post(COMPLETIONS, json=huge)
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable"), "it is not all read"
+        assert "body must be at most 131072 bytes while an engine loads" in error_of(answer)["message"]
         loaded.set()
         assert (await client.post(COMPLETIONS, json=completion(**long_text))).status_code == 200
         assert (await client.get("v1/models/tiny")).json()["max_model_len"] == 512

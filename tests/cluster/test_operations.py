@@ -13,7 +13,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cluster.conftest import KEY
+from tests.cluster.conftest import KEY, SITE
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 # What an endpoint without requests has none of.
@@ -76,6 +76,20 @@ def test_the_key_is_asked_for_behind_the_proxy_too(http, demo_url):
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert http.get(path).status_code == 200
     assert httpx.get(f"{demo_url}/", timeout=30).headers["content-security-policy"]
+
+
+def test_a_page_of_a_listed_site_may_ask_behind_the_proxy_too(http, demo_url):
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origin, status in ((SITE, 200), ("https://other.example.org", 400)):
+        preflight = httpx.options(
+            f"{demo_url}/v1/completions", headers={"Origin": origin, **asked}, timeout=30
+        )
+        assert preflight.status_code == status
+        answer = http.get("/v1/models", headers={"Origin": origin})
+        assert answer.status_code == 200
+        for each in (preflight, answer):
+            assert each.headers.get("access-control-allow-origin") == (SITE if origin == SITE else None)
+            assert len(each.headers.get_list("x-request-id")) == 1
 
 
 def test_every_answer_has_one_request_id_the_clients_own_if_it_brings_one(http):

@@ -76,13 +76,14 @@ def test_stats_are_summed():
 
 
 class Stream:
-    """Serve's answer to a streaming call: places the request at a, then yields or raises as it was told."""
+    """Serve's answer to a streaming call: places the request at the first replica, then yields or raises as
+    that one was told."""
 
-    def __init__(self, placed: PlacedRequest, items: list) -> None:
+    def __init__(self, placed: PlacedRequest, items: dict[str, list]) -> None:
         self.placed = placed
-        self.items = list(items)
         self.cancelled = False
-        placed.placement.rank({"a": 0, "b": 0})
+        self.replica = placed.placement.rank(dict.fromkeys(items, 0))[0]
+        self.items = list(items[self.replica])
 
     def __aiter__(self):
         return self
@@ -103,19 +104,24 @@ HANGS = object()
 
 
 class Handle:
-    """Serve's handle to a deployment, with given answers."""
+    """Serve's handle to a deployment of the replicas a and b, or as many as there are answers, with given
+    answers: the same of all, or by replica."""
 
     def __init__(self, items=(), broadcast=()) -> None:
-        self._items = items
+        self._items = items if isinstance(items, dict) else {"a": items, "b": items}
         self._broadcast = broadcast
         self.generate = self
-        self.stream: Stream
+        self.streams: list[Stream] = []
+
+    @property
+    def stream(self) -> Stream:
+        return self.streams[-1]
 
     def options(self, **_):
         return self
 
     def remote(self, placed):
-        self.stream = Stream(placed, self._items)
+        self.streams.append(Stream(placed, self._items))
         return self.stream
 
     def broadcast(self, _method):
@@ -181,18 +187,54 @@ RESTARTING = ray.exceptions.RayTaskError("generate", "", EngineError("unavailabl
 FULL = ray.exceptions.RayTaskError("generate", "", EngineError("overloaded", "one more than it takes"))
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind", "next_one"),
-    [(GONE, "unavailable", "b"), (RESTARTING, "unavailable", "b"), (FULL, "overloaded", "a")],
-)
-async def test_a_replica_that_is_lost_is_avoided_a_full_one_is_not(fault, kind, next_one):
+@pytest.mark.parametrize("fault", [GONE, RESTARTING], ids=["gone", "restarting"])
+async def test_a_replica_that_is_lost_is_avoided(fault):
     balance = Balance(affinity_tokens=2**15)
     with pytest.raises(EngineError) as raised:
         await anext(ServeEngine(Handle([fault]), balance).generate(request(num_tokens=600)))
-    assert raised.value.kind == kind
+    assert raised.value.kind == "unavailable"
     assert balance.ahead == {}
     again = balance.open((7,) * 600)
-    assert again.rank({"a": 0, "b": 0})[0] == next_one
+    assert again.rank({"a": 0, "b": 0})[0] == "b"
+
+
+async def test_a_full_replica_passes_a_request_on_to_one_that_has_room():
+    balance = Balance(affinity_tokens=2**15)
+    handle = Handle({"a": [FULL], "b": [FULL], "c": [FIRST]})
+    chunks = [chunk async for chunk in ServeEngine(handle, balance).generate(request(num_tokens=600))]
+    assert chunks == [FIRST]
+    assert [stream.replica for stream in handle.streams] == ["a", "b", "c"]
+    assert len({stream.placed.request.request_id for stream in handle.streams}) == 3
+    assert all(stream.cancelled for stream in handle.streams)
+    assert balance.ahead == {}
+    assert balance.open((7,) * 600).rank({"a": 0, "b": 0, "c": 0})[0] == "c", "it has read the prompt"
+
+
+@pytest.mark.parametrize("replicas", ["a", "ab", "abc"])
+async def test_when_all_replicas_are_full_each_was_asked_once(replicas):
+    balance = Balance(affinity_tokens=0)
+    handle = Handle({name: [FULL] for name in replicas})
+    with pytest.raises(EngineError) as raised:
+        await anext(ServeEngine(handle, balance).generate(request()))
+    assert raised.value.kind == "overloaded"
+    assert "".join(stream.replica for stream in handle.streams) == replicas
+    assert balance.ahead == {}
+
+
+async def test_an_answer_that_has_begun_goes_nowhere_else():
+    handle = Handle([FIRST, FULL])
+    stream = ServeEngine(handle, Balance(affinity_tokens=0)).generate(request())
+    await anext(stream)
+    with pytest.raises(EngineError, match="overloaded"):
+        await anext(stream)
+    assert len(handle.streams) == 1
+
+
+async def test_one_full_and_one_lost_is_for_the_caller_to_try_elsewhere():
+    handle = Handle({"a": [FULL], "b": [GONE]})
+    with pytest.raises(EngineError, match="unavailable"):
+        await anext(ServeEngine(handle, Balance(affinity_tokens=0)).generate(request()))
+    assert [stream.replica for stream in handle.streams] == ["a", "b"]
 
 
 async def test_ready_is_any_stats_are_those_that_answer():

@@ -3,6 +3,7 @@ there are while prompts queue."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -176,6 +177,29 @@ def test_a_replica_whose_ranks_start_again_is_left_alone(served):
         os.kill(max(ranks(), key=lambda rank: rank.cpu_percent(interval=0.3)).pid, signal.SIGKILL)
         assert waiting.result().status_code == 200, "another replica read it"
     assert [served.ask(document).status_code for _ in range(5)] == [200] * 5
+
+
+def test_a_question_whose_replica_is_full_goes_to_one_that_has_room(served):
+    before = {replica["pid"] for replica in served.replicas()}
+    served.deploy(replicas=2, max_running=1, max_waiting=0)
+    wait(lambda: len({replica["pid"] for replica in served.replicas()} - before) == 2, 240)
+    wait(lambda: is_ready(served.url) and before.isdisjoint(each["pid"] for each in served.replicas()), 240)
+    document = served.prompt(1000)
+    assert served.ask(document).status_code == 200
+    lines = []  # kept: a client that drops them has left
+    with contextlib.ExitStack() as streams:
+        for place in range(2):  # an answer that goes on for long takes the place of the one that has read it
+            body = {"model": "spts-demo", "prompt": [*document, 7 + place], "temperature": 0, "stream": True}
+            body |= {"max_tokens": 6000, "ignore_eos": True}
+            begun = streams.enter_context(
+                httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=180)
+            )
+            assert begun.status_code == 200, begun.read()
+            lines.append(begun.iter_lines())
+            assert next(lines[-1])
+        refused = served.ask([*document, 9])
+        assert refused.status_code == 503, "now both are full"
+        assert refused.json()["error"]["code"] == "overloaded"
 
 
 def test_replicas_follow_the_queue(served):

@@ -277,15 +277,21 @@ async def test_a_stop_string_ends_the_answer_before_it_and_frees_the_engine(fold
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_n_choices_of_several_prompts_come_in_order(folder):
+@pytest.mark.parametrize("form", ["texts", "token ids"])
+async def test_n_choices_of_several_prompts_come_in_order(folder, tokenizer, form):
+    prompts: list = ["the fox", "a hen"]
+    if form == "token ids":
+        prompts = [list(tokenizer.encode(text)) for text in prompts]
     async with endpoint(folder) as (client, _):
-        body = completion(prompt=["the fox", "a hen"], n=2, max_tokens=2)
+        body = completion(prompt=prompts, n=2, max_tokens=2)
         whole = (await client.post(COMPLETIONS, json=body)).json()
         chunks = events(await client.post(COMPLETIONS, json={**body, "stream": True}))[:-1]
     texts = [choice["text"] for choice in whole["choices"]]
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
     assert texts[0] == texts[1] != texts[2] == texts[3]
+    assert ["the fox".startswith(texts[0]), "a hen".startswith(texts[2])] == [True, True]
     assert whole["usage"]["completion_tokens"] == 8
+    assert whole["usage"]["prompt_tokens"] == len([*tokenizer.encode("the fox"), *tokenizer.encode("a hen")])
     for index, text in enumerate(texts):
         of_choice = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(choice["text"] for choice in of_choice) == text
@@ -408,6 +414,21 @@ async def test_the_openai_client_works_unmodified(folder):
         with pytest.raises(openai.BadRequestError) as long:
             await sdk.completions.create(model="tiny", prompt="fox", max_tokens=5000)
         assert long.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("nulls", [False, True], ids=["as it is", "with all nulls"])
+async def test_an_answer_may_be_sent_back_as_a_turn_of_the_conversation(folder, nulls):
+    """As the client's own guide has it: messages.append(answer.choices[0].message)."""
+    async with endpoint(folder) as (client, engine):
+        sdk = openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=client, max_retries=0)
+        messages: list = [{"role": "user", "content": "hi"}]
+        for _ in range(2):
+            answer = await sdk.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+            message = answer.choices[0].message
+            messages.append(message.model_dump() if nulls else message)
+            messages.append({"role": "user", "content": "and?"})
+        sent = [step.start for step in engine.group.steps if step.start is not None][1:]
+    assert len(sent[1].token_ids) > len(sent[0].token_ids)
 
 
 def test_every_kind_of_error_has_its_row():
