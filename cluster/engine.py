@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
 
+from cluster import warm_up
 from cluster.admission import check_context, check_request, demand
 from cluster.config import EngineConfig
 from cluster.documents import Documents
@@ -34,8 +35,6 @@ from cluster.protocol import (
 )
 from cluster.scheduler import Scheduler
 from spts.errors import SptsError
-from spts.methods import Dense
-from spts.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +316,7 @@ class Engine:
         config = self._config
         info = await self._group.start()
         check_context(info)
-        await self._warm_up()
+        await self._warm_up(info)
         self._info = info
         self._scheduler = Scheduler(
             shape=info.shape,
@@ -336,15 +335,23 @@ class Engine:
         self._lost = True
         self._wake.set()
 
-    async def _warm_up(self) -> None:
-        """One token, dense: what is slow the first time is slow now, and "ready" has been seen to be true."""
-        request = Request(
-            request_id="warm-up", token_ids=(0,), method=Dense(), max_new_tokens=1, sampling=Sampling()
-        )
-        output = await self._group.step(Step(start=request, advance=(request.request_id, None)))
-        for _, error in output.refused:
-            raise error
-        self._latest = await self._group.step(Step(release=(request.request_id,)))
+    async def _warm_up(self, info: EngineInfo) -> None:
+        """Answer a few requests, so that what is slow the first time is slow now and "ready" has been seen to
+        be true."""
+        requests = warm_up.requests(info, self._config.max_running)
+        tokens: dict[str, int] = {}
+
+        async def run(step: Step) -> None:
+            output = await self._group.step(step)
+            for _, error in output.refused:
+                raise error
+            tokens.update((token.request_id, token.token_id) for token in output.tokens)
+
+        for request in requests:
+            await run(Step(start=request, advance=(request.request_id, None)))
+        for size in warm_up.batches(info, len(requests)):
+            await run(Step(decode=tuple(tokens.items())[:size]))
+        self._latest = await self._group.step(Step(release=tuple(request.request_id for request in requests)))
 
     async def _restart(self, reason: EngineError) -> None:
         """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed

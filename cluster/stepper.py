@@ -86,6 +86,9 @@ class Stepper:
             self._within_memory(advance, step.advance[0], answer)
         if step.decode:
             self._decode(step.decode, answer)
+        elif on_gpu and step.advance is not None:
+            # Nothing was read back: slices would queue up, and whoever comes next wait for all of them.
+            torch.cuda.current_stream(self._model.device).synchronize()
         if self._rank != 0:
             return None
         peak = torch.cuda.max_memory_allocated(self._model.device) if on_gpu else None

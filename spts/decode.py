@@ -4,9 +4,8 @@ A step launches 700 kernels of a few microseconds each; launched one by one the 
 an H200. A graph is one launch. Nothing in it depends on the requests: what differs from step to step, the
 tokens, positions, addresses and lengths, lies in memory that the host fills before each replay.
 
-Captured is the step of a model that has one rank, on a CUDA device. On a CPU there is nothing to capture;
-with several ranks a step holds sums over them that are not ours, and it runs launch by launch: the same
-functions in the same order.
+Captured is a step on a CUDA device; on a CPU there is nothing to capture. With several ranks it holds NCCL's
+sums over them, so all ranks capture and replay in the same steps: they make the same calls in the same order.
 
 Legend: B requests, S their number rounded up to a power of two, N layers, V vocabulary.
 """

@@ -90,8 +90,8 @@ class SptsModel:
             fingerprint=fingerprint,
             stream=self._stream,
         )
-        graphed = self.device.type == "cuda" and self.collective.world_size == 1
-        self._graphs = DecodeGraphs(self._decode, device=self.device) if graphed else None
+        on_gpu = self.device.type == "cuda"
+        self._graphs = DecodeGraphs(self._decode, device=self.device) if on_gpu else None
 
     def _layer(self, index: int, block: Any) -> DecoderLayer:
         head_dim, ranks = self.shape.head_dim, self.collective.world_size

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 
+from cluster import warm_up
 from cluster.admission import demand
 from cluster.config import EngineConfig
-from cluster.protocol import Agreement, Chunk, EngineError, Request
+from cluster.protocol import Agreement, Chunk, EngineError, Request, Step
 from spts import cost
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -492,8 +493,30 @@ async def test_ranks_that_start_again_are_ready_once_they_have_made_a_token():
         assert (engine.group.num_starts, engine.num_restarts) == (3, 1)
         first, then, _ = engine.group.steps[steps:]
         assert first.start == then.start
-        assert then.advance == ("warm-up", None)
+        assert then.advance == ("warm-up-0", None)
         assert engine.group.ranks[0].num_cached == 0
+
+
+async def test_on_a_gpu_every_size_of_batch_and_a_prompt_that_skips_have_run_before_the_first_request():
+    async with started(device="cuda", max_running=6) as engine:
+        *steps, last = engine.group.steps
+        prompts = [step.start for step in steps if step.start is not None]
+        assert [len(step.decode) for step in steps if step.decode] == [1, 2, 4, 6]
+        assert last == Step(release=tuple(each.request_id for each in prompts))
+        assert len(prompts) == 6
+        assert engine.group.ranks[0].num_cached == 0
+        assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
+
+
+def test_prompts_that_skip_are_warmed_up_with_where_a_model_can_skip():
+    known = replace(info(EngineConfig(model="fake", device="cuda")), max_context=4096)
+    skips = [each.method for each in warm_up.requests(known, 4) if each.method.name == "spts"]
+    assert [method.schedule_for(6).attention_density for method in skips] == [1.0, 0.5]
+    for changed in ({"first_proxy_layer": None}, {"first_proxy_layer": 6}, {"max_context": 600}):
+        methods = {each.method.name for each in warm_up.requests(replace(known, **changed), 4)}
+        assert methods == {"dense"}
+    assert len(warm_up.requests(known, 1)) == 1
+    assert [len(each.token_ids) for each in warm_up.requests(replace(known, device="cpu"), 4)] == [1]
 
 
 async def test_a_group_that_does_not_come_back_fails_the_engine_and_its_health_check():
