@@ -24,7 +24,6 @@ from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, warn_refe
 _HEAD_SIZES = (16, 32, 64, 128)
 _LOG2_E = 1.4426950408889634
 _MOST_KEYS = 1 << 21  # one program chooses among all blocks of a row
-_AT_ONCE = 64  # keys: two programs of four warps share a multiprocessor
 _BLOCK_R = 64  # means of queries at once
 
 
@@ -160,7 +159,8 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     out_MHd = torch.empty_like(q_MHd)
     chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density)
     rows, most = chosen_HRS.shape[1:]
-    at_once = _AT_ONCE if q_MHd.element_size() == 2 else _AT_ONCE // 4
+    major = torch.cuda.get_device_capability(q_MHd.device)[0] if q_MHd.is_cuda else 9
+    at_once = keys_at_once(q_MHd.element_size(), major)
     keys, values = (
         TensorDescriptor.from_tensor(x_LKd.view(num_keys, -1), [at_once, head_dim])
         for x_LKd in (k_LKd, v_LKd)
@@ -169,9 +169,17 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     _sparse_attention[(rows * group, num_kv_heads)](
         q_MHd, keys, values, chosen_HRS, out_MHd, scale * _LOG2_E, (num_keys - num_queries) // BLOCK_TOKENS,
         share_of(density), num_queries, most, rows, group, head_dim, ALWAYS, SHARES, BLOCK_TOKENS, at_once,
-        num_warps=4, num_stages=2,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return out_MHd
+
+
+def keys_at_once(element_bytes: int, major: int) -> int:
+    """How many keys a program reads at once on GPUs of a major compute capability.
+
+    Before 9 a descriptor's rows come through registers, which more than 16 of them do not leave enough of.
+    """
+    return 64 if element_bytes == 2 and major >= 9 else 16
 
 
 def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
