@@ -19,6 +19,7 @@ from spts.collective import Collective, Local
 from spts.cost import ModelShape
 from spts.decode import Batch, DecodeGraphs, Held
 from spts.errors import ModelError, ProxyError, RequestError
+from spts.kernels.checks import WIDEST_HEAD
 from spts.layer import DecoderLayer, Stream
 from spts.methods import Method
 from spts.prefill import Prefill, PrefillState, Walker
@@ -91,6 +92,7 @@ class SptsModel:
             stream=self._stream,
         )
         graphed = self.device.type == "cuda" and self.collective.world_size == 1
+        graphed = graphed and self.shape.head_dim <= WIDEST_HEAD  # what wider ones run asks the host
         self._graphs = DecodeGraphs(self._decode, device=self.device) if graphed else None
 
     def _layer(self, index: int, block: Any) -> DecoderLayer:
