@@ -21,7 +21,7 @@ ATTENTION = "torch scaled_dot_product_attention"
 """What computes attention on every device, for records; torch chooses among its backends by itself."""
 
 _QUERY_BLOCK = 1024
-_NORM_ROWS = 512  # at once, so that what is between the steps stays in a core's cache
+_ROWS = 512  # at once, so that what is between the steps stays in a core's cache
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -30,7 +30,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Example: x = [[3, 4]] with weight [1, 2] and eps 0 has a mean square of 12.5 and gives [[0.849, 2.263]].
     """
     out_TD = torch.empty_like(x_TD)
-    for x_RD, out_RD in zip(x_TD.split(_NORM_ROWS), out_TD.split(_NORM_ROWS), strict=True):
+    for x_RD, out_RD in zip(x_TD.split(_ROWS), out_TD.split(_ROWS), strict=True):
         x_RD_float = x_RD.float()
         inverse_R1 = torch.rsqrt(x_RD_float.pow(2).mean(-1, keepdim=True) + eps)
         torch.mul(x_RD_float, inverse_R1, out=out_RD).mul_(weight_D)
@@ -142,8 +142,10 @@ def add_rows_in_place(x_TD: Tensor, index_M: Tensor, delta_MD: Tensor) -> Tensor
 
 
 def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """`act(gate) * up`, [M, F]; the activation's result is overwritten."""
-    return activation(gate_MF).mul_(up_MF)
+    """`act(gate) * up`, [M, F], written over `gate_MF`."""
+    for gate_RF, up_RF in zip(gate_MF.split(_ROWS), up_MF.split(_ROWS), strict=True):
+        torch.mul(activation(gate_RF), up_RF, out=gate_RF)
+    return gate_MF
 
 
 def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
