@@ -98,6 +98,8 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
             dtype_bytes=DTYPE_BYTES[args.dtype],
             published=args.published,
             densities=args.density,
+            max_new_tokens=args.tokens_out - 1,
+            world_size=args.tensor_parallel_size,
         )
         for length in args.lengths
     ]
