@@ -181,9 +181,16 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     neither on where a prefill was sliced between blocks nor on the ranks. Where all blocks are read it is
     causal attention.
     """
+    check_blocks(q_MHd.shape[0], k_LKd.shape[0], density)
+    return attend_blocks(q_MHd, k_LKd, v_LKd, scale, density, choose_blocks(q_MHd, k_LKd, scale, density))
+
+
+def attend_blocks(
+    q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float, chosen_HRS: Tensor
+) -> Tensor:
+    """`sparse_attention` over the blocks of `choose_blocks`."""
     (num_queries, num_heads, _), (num_keys, num_kv_heads, _) = q_MHd.shape, k_LKd.shape
-    check_blocks(num_queries, num_keys, density)
-    chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density).long()
+    chosen_HRS = chosen_HRS.long()
     before, whole = num_keys - num_queries, num_keys - num_keys % BLOCK_TOKENS
     head_H1 = torch.arange(num_heads, device=q_MHd.device)[:, None] // (num_heads // num_kv_heads)
     out_MHd = torch.empty_like(q_MHd)
