@@ -145,6 +145,8 @@ def test_backends_are_rivals_that_answer_alike(capsys):
     rows = last_line(capsys.readouterr().out)["rows"]
     assert [row["method"] for row in rows] == ["dense", "spts", "dense, math", "dense, flash", "transformers"]
     assert rows[2]["kv_bytes"] == rows[0]["kv_bytes"]
+    assert run_local("--shape", "tiny", "--lengths", "50", "--backends", "every") == 0
+    assert "dense, flash" in [row["method"] for row in last_line(capsys.readouterr().out)["rows"]]
     assert run_local("--shape", "tiny", "--lengths", "50", "--backends", "cudnn") == 2
     assert "backends must be ones that torch has" in capsys.readouterr().err
 
