@@ -78,7 +78,14 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
     """A whole model in this process; random weights and random proxies where none are given."""
     import torch
 
-    from jobs.contestants import Own, Transformers, check_device, random_model, random_proxies
+    from jobs.contestants import (
+        Own,
+        Transformers,
+        backends_present,
+        check_device,
+        random_model,
+        random_proxies,
+    )
     from spts import loading
     from spts.kernels.reference import ATTENTION
     from spts.model import SptsModel
@@ -131,6 +138,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         size = proxies.shape
         origin = "fitted"
     model = SptsModel(hf_model, fingerprint=fingerprint, proxies=proxies)
+    backends = backends_present(model) if "every" in args.backends else args.backends
     yield Arena(
         shape=model.shape,
         max_context=model.max_context,
@@ -143,7 +151,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         },
         enter=lambda name, method: Own(model, method, name=name),
         rivals=(
-            *(Own(model, Dense(), name=f"dense, {each}", backend=each) for each in args.backends),
+            *(Own(model, Dense(), name=f"dense, {each}", backend=each) for each in backends),
             Transformers(hf_model),
         ),
         local=model,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import nextafter
 
 from jobs.options import read_schedule
+from spts import memory
 from spts.cost import ModelShape, ProxyShape, kv_bytes, pairs_share, prefill_flops
 from spts.errors import ConfigError
 from spts.methods import Dense, Method, Random, Recency, Spts
@@ -20,7 +21,9 @@ from spts.schedule import Schedule
 class Case:
     """One prompt length: the methods to time there by name, dense first, and what each should cost.
 
-    pairs_share: of the pairs of a query and a key in layers with sparse attention, what they read."""
+    pairs_share: of the pairs of a query and a key in layers with sparse attention, what they read.
+    peak_bytes: what a rank holds at most beside the weights (`spts.memory`).
+    """
 
     length: int
     schedule: Schedule
@@ -28,12 +31,14 @@ class Case:
     flops: Mapping[str, int]
     kv_bytes: Mapping[str, int]
     pairs_share: Mapping[str, float]
+    peak_bytes: Mapping[str, int]
 
     def predictions(self) -> list[str]:
-        """A line for each method: FLOP, their ratio to dense, KV bytes."""
+        """A line for each method: FLOP, their ratio to dense, KV and peak bytes."""
         dense, width = self.flops["dense"], max(map(len, self.flops))
         return [
-            f"{name:<{width}} {flops:.3e} FLOP, {self.kv_bytes[name] / 2**20:.1f} MiB KV"
+            f"{name:<{width}} {flops:.3e} FLOP, {self.kv_bytes[name] / 2**20:.1f} MiB KV, "
+            f"at most {self.peak_bytes[name] / 2**30:.2f} GiB"
             + (f"; {dense / flops:.2f}x fewer FLOP than dense" if name != "dense" else "")
             + (f"; reads {share:.1%} of the first layers' pairs" if share < 1 else "")
             for name, flops in self.flops.items()
@@ -69,9 +74,13 @@ def plan(
     dtype_bytes: int,
     published: bool = False,
     densities: Sequence[float] = (),
+    max_new_tokens: int = 0,
+    world_size: int = 1,
 ) -> Case:
-    """The methods at one length and their cost. published: the budgets of a preset as they are, not scaled.
-    densities: for each of them "spts, density X" too, whose dense layers read that share of the blocks.
+    """The methods at one length and their cost, with room for `max_new_tokens` more, on `world_size` ranks.
+
+    published: the budgets of a preset as they are, not scaled. densities: for each of them "spts, density X"
+    too, whose dense layers read that share of the blocks.
 
     "pap" and "pap+ltp" are the paper's steps towards its method: the first stage's budget in all deep layers
     and no cut, with every token in the FFN and then with the proxies' choice there.
@@ -107,6 +116,17 @@ def plan(
         flops={name: prefill_flops(shape, done, proxy).total for name, done in work.items()},
         kv_bytes={name: kv_bytes(shape, done, dtype_bytes) for name, done in work.items()},
         pairs_share={name: pairs_share(done) for name, done in work.items()},
+        peak_bytes={
+            name: memory.request_bytes(
+                shape,
+                done,
+                max_new_tokens=max_new_tokens,
+                dtype_bytes=dtype_bytes,
+                world_size=world_size,
+                proxy=proxy,
+            )
+            for name, done in work.items()
+        },
     )
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jobs.timing import Timed
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import ConfigError
-from spts.methods import Method
+from spts.methods import Dense, Method
 from spts.model import SptsModel
 from spts.proxy import VERSION, LayerProxy, Manifest, Proxies
 
@@ -94,6 +94,19 @@ def backend_context(backend: str | None) -> Iterator[None]:
             "leave it out",
             field="backends",
         ) from None
+
+
+def backends_present(model: SptsModel) -> list[str]:
+    """Of BACKENDS those that can prefill `model` here, without "math", which writes all logits out."""
+    present = []
+    for name in BACKENDS.keys() - {"math"}:
+        try:
+            with backend_context(name):
+                model.prefill([0] * min(256, model.max_context), Dense())
+        except ConfigError:
+            continue
+        present.append(name)
+    return sorted(present)
 
 
 class Transformers:

@@ -63,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
     args.add_argument("--rank", type=int, help="rank of random proxies, with --local")
     args.add_argument("--attention", help="transformers' attention backend, with --local (default: sdpa)")
     args.add_argument(
-        "--backends", nargs="+", default=[], choices=("flash", "cudnn", "efficient", "math"),
-        help="attention backends of torch to time dense with, beside the one torch chooses, with --local",
+        "--backends", nargs="+", default=[], choices=("every", "flash", "cudnn", "efficient", "math"),
+        help="attention backends of torch to time dense with, beside the one torch chooses, with --local; "
+        "every: all that are there but math",
     )  # fmt: skip
     args.add_argument("--parts", action="store_true", help="where the time goes, with --local")
     args.add_argument(
@@ -98,6 +99,8 @@ def race(args: argparse.Namespace, arena: Arena) -> list[Row]:
             dtype_bytes=DTYPE_BYTES[args.dtype],
             published=args.published,
             densities=args.density,
+            max_new_tokens=args.tokens_out - 1,
+            world_size=args.tensor_parallel_size,
         )
         for length in args.lengths
     ]

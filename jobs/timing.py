@@ -49,8 +49,8 @@ class Row:
     first_ttft_s: of the run before, which compiles what a length is the first to need. end_to_end: first
     token and all later ones. fastest dense: of this library's dense and its rivals the one with the lowest
     median. The ratios by processor time are what other programs on the machine disturb least.
-    attention_density: share of their pairs of a query and a key that layers with sparse attention read; 1.0
-    without any.
+    predicted_peak_bytes: on a rank, None of what is not this library's. attention_density: share of their
+    pairs of a query and a key that layers with sparse attention read; 1.0 without any.
     """
 
     method: str
@@ -63,6 +63,7 @@ class Row:
     tpot_median_s: float | None
     end_to_end_median_s: float
     peak_bytes: int | None
+    predicted_peak_bytes: int | None
     kv_bytes: int
     predicted_kv_bytes: int
     predicted_flop: int
@@ -158,6 +159,7 @@ def _row(
         tpot_median_s=median(tpots) if tpots else None,
         end_to_end_median_s=median(whole(run) for run in timed),
         peak_bytes=max(peaks) if peaks else None,
+        predicted_peak_bytes=None if timed[0].work is None else case.peak_bytes[own],
         kv_bytes=timed[0].kv_bytes,
         predicted_kv_bytes=case.kv_bytes[own],
         predicted_flop=case.flops[own],
@@ -207,13 +209,13 @@ def interleave(
 
 def table(rows: Sequence[Row]) -> str:
     """The rows, aligned. A speed-up is over the fastest dense; `of ideal`: the one over this library's dense,
-    as a share of the FLOP ratio; `all`: end to end.
+    as a share of the FLOP ratio; `all`: end to end; `at most`: what `peak GiB` was predicted not to exceed.
 
     CPU: the same ratios by processor time instead of the clock.
     """
     header = ["tokens", "method", "TTFT s", "min - max", "speed-up", "of ideal", "all", "TFLOP/s"]
     header += ["vs transformers", "CPU: speed-up", "CPU: vs transformers", "TPOT ms", "KV MiB", "predicted"]
-    header += ["peak GiB"]
+    header += ["peak GiB", "at most"]
     lines = [header]
     for row in rows:
         rival, tpot = row.speedup_vs_transformers_ratio, row.tpot_median_s
@@ -233,7 +235,10 @@ def table(rows: Sequence[Row]) -> str:
                 "" if tpot is None else f"{tpot * 1e3:.2f}",
                 f"{row.kv_bytes / 2**20:.1f}",
                 f"{row.predicted_kv_bytes / 2**20:.1f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+                *(
+                    "" if each is None else f"{each / 2**30:.2f}"
+                    for each in (row.peak_bytes, row.predicted_peak_bytes)
+                ),
             ]
         )
     return "\n".join(aligned(lines, left=()))

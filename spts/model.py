@@ -19,6 +19,7 @@ from spts.collective import Collective, Local
 from spts.cost import ModelShape
 from spts.decode import Batch, DecodeGraphs, Held
 from spts.errors import ModelError, ProxyError, RequestError
+from spts.kernels.checks import WIDEST_HEAD
 from spts.layer import DecoderLayer, Stream
 from spts.methods import Method
 from spts.prefill import Prefill, PrefillState, Walker
@@ -90,8 +91,9 @@ class SptsModel:
             fingerprint=fingerprint,
             stream=self._stream,
         )
-        on_gpu = self.device.type == "cuda"
-        self._graphs = DecodeGraphs(self._decode, device=self.device) if on_gpu else None
+        # What attends with wider heads asks the host.
+        graphed = self.device.type == "cuda" and self.shape.head_dim <= WIDEST_HEAD
+        self._graphs = DecodeGraphs(self._decode, device=self.device) if graphed else None
 
     def _layer(self, index: int, block: Any) -> DecoderLayer:
         head_dim, ranks = self.shape.head_dim, self.collective.world_size

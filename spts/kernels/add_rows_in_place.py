@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require
+from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, sizes
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def add_rows_in_place(x_TD: Tensor, index_M: Tensor, delta_MD: Tensor) -> Tensor
     """As `reference.add_rows_in_place`. Raises ValueError naming an argument of wrong shape, dtype, strides,
     device.
     """
-    num_rows, width = x_TD.shape
-    num_chosen = index_M.shape[0]
+    num_rows, width = sizes("x_TD", x_TD, 2)
+    (num_chosen,) = sizes("index_M", index_M, 1)
     require("x_TD", x_TD, shape=(num_rows, width), like=x_TD, dtypes=HALF_AND_FLOAT, contiguous=False)
     require("index_M", index_M, shape=(num_chosen,), like=x_TD, dtypes=(torch.int64,))
     require("delta_MD", delta_MD, shape=(num_chosen, width), like=x_TD, contiguous=False)

@@ -13,15 +13,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spts.kernels import reference
+from spts.kernels.checks import HALF_AND_FLOAT, require, require_groups, sizes
 
 _MULTIPLE = 256
 
 
 def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
-    """As `reference.causal_attention`."""
-    num_queries = q_MHd.shape[0]
+    """As `reference.causal_attention`.
+
+    Raises ValueError naming an argument of wrong shape, dtype, strides, device.
+    """
+    num_queries, num_heads, head_dim = sizes("q_MHd", q_MHd, 3)
+    num_keys, num_kv_heads, _ = sizes("k_LKd", k_LKd, 3)
+    require("q_MHd", q_MHd, shape=tuple(q_MHd.shape), like=q_MHd, dtypes=HALF_AND_FLOAT, contiguous=False)
+    for name, x_LKd in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
+        require(name, x_LKd, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd, contiguous=False)
+    require_groups("q_MHd", num_heads, "k_LKd", num_kv_heads)
+    if num_queries > num_keys:
+        raise ValueError(
+            f"q_MHd must be the last of the {num_keys} tokens of k_LKd, got {num_queries}; correct the call"
+        )
     added = -num_queries % _MULTIPLE
-    if not added or num_queries != k_LKd.shape[0]:
+    if not added or num_queries != num_keys:
         return reference.causal_attention(q_MHd, k_LKd, v_LKd, scale)
     q_MHd, k_LKd, v_LKd = (F.pad(each, (0, 0, 0, 0, 0, added)) for each in (q_MHd, k_LKd, v_LKd))
     return reference.causal_attention(q_MHd, k_LKd, v_LKd, scale)[:num_queries]

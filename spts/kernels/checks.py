@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 HALF_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
+WIDEST_HEAD = 512  # of ragged attention: what is read at once of a wider one does not fit on a multiprocessor
 
 
 def require(
@@ -41,6 +42,19 @@ def require(
         _refuse(name, "be contiguous", f"strides {tensor.stride()}")
     if shape[-1] > 1:
         _refuse(name, "have a last dimension without gaps", f"strides {tensor.stride()}")
+
+
+def sizes(name: str, tensor: Tensor, count: int) -> torch.Size:
+    """The shape of a tensor. Raises ValueError, naming the argument, unless it has `count` dimensions."""
+    if tensor.ndim != count:
+        _refuse(name, f"have {count} dimensions", f"the shape {tuple(tensor.shape)}")
+    return tensor.shape
+
+
+def require_groups(query_name: str, num_heads: int, key_name: str, num_kv_heads: int) -> None:
+    """Raises ValueError, naming both arguments, unless the query heads share the key heads evenly."""
+    if not num_kv_heads or num_heads % num_kv_heads:
+        _refuse(query_name, f"have a multiple of {key_name}'s {num_kv_heads} heads", str(num_heads))
 
 
 def power_of_two(number: int) -> int:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spts.kernels import reference
-from spts.kernels.checks import HALF_AND_FLOAT, is_silu, power_of_two, require, warn_reference
+from spts.kernels.checks import HALF_AND_FLOAT, is_silu, power_of_two, require, sizes, warn_reference
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor],
 
     Raises ValueError naming an argument of wrong shape, dtype, strides, device.
     """
-    num_rows, inner = gate_MF.shape
+    num_rows, inner = sizes("gate_MF", gate_MF, 2)
     require(
         "gate_MF", gate_MF, shape=(num_rows, inner), like=gate_MF, dtypes=HALF_AND_FLOAT, contiguous=False
     )

@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require
+from spts.kernels import reference
+from spts.kernels.checks import (
+    HALF_AND_FLOAT,
+    WIDEST_HEAD,
+    power_of_two,
+    require,
+    require_groups,
+    sizes,
+    warn_reference,
+)
 
 _PROGRAMS = 256  # two for each multiprocessor of an H200
 _FEWEST, _MOST = 16, 128  # splits of a cache: a long request among many short ones needs programs of its own
@@ -109,20 +118,21 @@ def ragged_attention(
     table_B3: Tensor,
     scale: float,
 ) -> Tensor:
-    """As `reference.ragged_attention`, following the addresses in `table_B3`; `held` is not looked at.
+    """As `reference.ragged_attention`, following the addresses in `table_B3`; `held` is not looked at, unless
+    heads are wider than 512, which run the reference.
 
     Raises ValueError naming an argument of wrong shape, dtype, strides, device.
     """
-    num_requests, num_heads, head_dim = q_BHd.shape
-    num_kv_heads = k_BKd.shape[1]
+    num_requests, num_heads, head_dim = sizes("q_BHd", q_BHd, 3)
+    num_kv_heads = sizes("k_BKd", k_BKd, 3)[1]
     require("q_BHd", q_BHd, shape=tuple(q_BHd.shape), like=q_BHd, dtypes=HALF_AND_FLOAT)
     for name, rows in (("k_BKd", k_BKd), ("v_BKd", v_BKd)):
         require(name, rows, shape=(num_requests, num_kv_heads, head_dim), like=q_BHd)
     require("table_B3", table_B3, shape=(num_requests, 3), like=q_BHd, dtypes=(torch.int64,))
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"q_BHd must have a multiple of k_BKd's {num_kv_heads} heads, got {num_heads}; correct the call"
-        )
+    require_groups("q_BHd", num_heads, "k_BKd", num_kv_heads)
+    if head_dim > WIDEST_HEAD:
+        warn_reference("ragged_attention", f"heads of {head_dim} are wider than {WIDEST_HEAD}")
+        return reference.ragged_attention(q_BHd, k_BKd, v_BKd, held, table_B3, scale)
     out_BHd = torch.empty_like(q_BHd)
     if not num_requests:
         return out_BHd

@@ -21,7 +21,7 @@ ATTENTION = "torch scaled_dot_product_attention"
 """What computes attention on every device, for records; torch chooses among its backends by itself."""
 
 _QUERY_BLOCK = 1024
-_NORM_ROWS = 512  # at once, so that what is between the steps stays in a core's cache
+_ROWS = 512  # at once, so that what is between the steps stays in a core's cache
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -30,7 +30,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Example: x = [[3, 4]] with weight [1, 2] and eps 0 has a mean square of 12.5 and gives [[0.849, 2.263]].
     """
     out_TD = torch.empty_like(x_TD)
-    for x_RD, out_RD in zip(x_TD.split(_NORM_ROWS), out_TD.split(_NORM_ROWS), strict=True):
+    for x_RD, out_RD in zip(x_TD.split(_ROWS), out_TD.split(_ROWS), strict=True):
         x_RD_float = x_RD.float()
         inverse_R1 = torch.rsqrt(x_RD_float.pow(2).mean(-1, keepdim=True) + eps)
         torch.mul(x_RD_float, inverse_R1, out=out_RD).mul_(weight_D)
@@ -142,8 +142,10 @@ def add_rows_in_place(x_TD: Tensor, index_M: Tensor, delta_MD: Tensor) -> Tensor
 
 
 def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """`act(gate) * up`, [M, F]; the activation's result is overwritten."""
-    return activation(gate_MF).mul_(up_MF)
+    """`act(gate) * up`, [M, F], written over `gate_MF`."""
+    for gate_RF, up_RF in zip(gate_MF.split(_ROWS), up_MF.split(_ROWS), strict=True):
+        torch.mul(activation(gate_RF), up_RF, out=gate_RF)
+    return gate_MF
 
 
 def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
@@ -179,9 +181,16 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     neither on where a prefill was sliced between blocks nor on the ranks. Where all blocks are read it is
     causal attention.
     """
+    check_blocks(q_MHd.shape[0], k_LKd.shape[0], density)
+    return attend_blocks(q_MHd, k_LKd, v_LKd, scale, density, choose_blocks(q_MHd, k_LKd, scale, density))
+
+
+def attend_blocks(
+    q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float, chosen_HRS: Tensor
+) -> Tensor:
+    """`sparse_attention` over the blocks of `choose_blocks`."""
     (num_queries, num_heads, _), (num_keys, num_kv_heads, _) = q_MHd.shape, k_LKd.shape
-    check_blocks(num_queries, num_keys, density)
-    chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density).long()
+    chosen_HRS = chosen_HRS.long()
     before, whole = num_keys - num_queries, num_keys - num_keys % BLOCK_TOKENS
     head_H1 = torch.arange(num_heads, device=q_MHd.device)[:, None] // (num_heads // num_kv_heads)
     out_MHd = torch.empty_like(q_MHd)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spts.kernels import reference
-from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, warn_reference
+from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, sizes, warn_reference
 
 _WIDEST = 32768  # a row is held in the registers of one program
 
@@ -31,7 +31,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Raises ValueError naming an argument of wrong shape, dtype, strides, device.
     """
-    num_rows, width = x_TD.shape
+    num_rows, width = sizes("x_TD", x_TD, 2)
     require("x_TD", x_TD, shape=(num_rows, width), like=x_TD, dtypes=HALF_AND_FLOAT, contiguous=False)
     require("weight_D", weight_D, shape=(width,), like=x_TD)
     if width > _WIDEST:

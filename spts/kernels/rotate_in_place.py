@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require
+from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, sizes
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -34,7 +34,7 @@ def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     """As `reference.rotate_in_place`. Raises ValueError naming an argument of wrong shape, dtype, strides,
     device.
     """
-    num_tokens, num_heads, head_dim = x_THd.shape
+    num_tokens, num_heads, head_dim = sizes("x_THd", x_THd, 3)
     if head_dim % 2:
         raise ValueError(f"x_THd must have heads of even size, got {head_dim}; correct the call")
     require("x_THd", x_THd, shape=tuple(x_THd.shape), like=x_THd, dtypes=HALF_AND_FLOAT, contiguous=False)

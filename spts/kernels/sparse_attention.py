@@ -19,12 +19,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spts.kernels import reference
 from spts.kernels.blocks import ALWAYS, BLOCK_TOKENS, SHARES, blocks_read, check_blocks, share_of
-from spts.kernels.checks import HALF_AND_FLOAT, power_of_two, require, warn_reference
+from spts.kernels.checks import (
+    HALF_AND_FLOAT,
+    power_of_two,
+    require,
+    require_groups,
+    sizes,
+    warn_reference,
+)
 
 _HEAD_SIZES = (16, 32, 64, 128)
 _LOG2_E = 1.4426950408889634
 _MOST_KEYS = 1 << 21  # one program chooses among all blocks of a row
-_AT_ONCE = 64  # keys: two programs of four warps share a multiprocessor
 _BLOCK_R = 64  # means of queries at once
 
 
@@ -144,23 +150,27 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
 
     Raises ValueError naming an argument of wrong shape, dtype, strides, device, or a number out of range.
     """
-    num_queries, num_heads, head_dim = q_MHd.shape
-    num_keys, num_kv_heads = k_LKd.shape[:2]
+    num_queries, num_heads, head_dim = sizes("q_MHd", q_MHd, 3)
+    num_keys, num_kv_heads, _ = sizes("k_LKd", k_LKd, 3)
     require("q_MHd", q_MHd, shape=(num_queries, num_heads, head_dim), like=q_MHd, dtypes=HALF_AND_FLOAT)
     for name, x_LKd in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
         require(name, x_LKd, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd)
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"q_MHd must have a multiple of k_LKd's {num_kv_heads} heads, got {num_heads}; correct the call"
-        )
+        if x_LKd.data_ptr() % 16:
+            raise ValueError(
+                f"{name} must begin at an address divisible by 16, as a descriptor does, "
+                f"got {x_LKd.data_ptr() % 16} more; copy it"
+            )
+    require_groups("q_MHd", num_heads, "k_LKd", num_kv_heads)
     check_blocks(num_queries, num_keys, density)
     if head_dim not in _HEAD_SIZES or num_keys > _MOST_KEYS:
-        warn_reference("sparse_attention", f"heads of {head_dim} over {num_keys} keys")
+        reason = f"more than {_MOST_KEYS} keys" if head_dim in _HEAD_SIZES else f"heads of {head_dim}"
+        warn_reference("sparse_attention", reason)
         return reference.sparse_attention(q_MHd, k_LKd, v_LKd, scale, density)
     out_MHd = torch.empty_like(q_MHd)
     chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density)
     rows, most = chosen_HRS.shape[1:]
-    at_once = _AT_ONCE if q_MHd.element_size() == 2 else _AT_ONCE // 4
+    major = torch.cuda.get_device_capability(q_MHd.device)[0] if q_MHd.is_cuda else 9
+    at_once = keys_at_once(q_MHd.element_size(), major)
     keys, values = (
         TensorDescriptor.from_tensor(x_LKd.view(num_keys, -1), [at_once, head_dim])
         for x_LKd in (k_LKd, v_LKd)
@@ -169,9 +179,17 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     _sparse_attention[(rows * group, num_kv_heads)](
         q_MHd, keys, values, chosen_HRS, out_MHd, scale * _LOG2_E, (num_keys - num_queries) // BLOCK_TOKENS,
         share_of(density), num_queries, most, rows, group, head_dim, ALWAYS, SHARES, BLOCK_TOKENS, at_once,
-        num_warps=4, num_stages=2,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return out_MHd
+
+
+def keys_at_once(element_bytes: int, major: int) -> int:
+    """How many keys a program reads at once on GPUs of a major compute capability.
+
+    Before 9 a descriptor's rows come through registers, which more than 16 of them do not leave enough of.
+    """
+    return 64 if element_bytes == 2 and major >= 9 else 16
 
 
 def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
@@ -181,7 +199,7 @@ def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) ->
     q_RHd = reference.mean_queries(q_MHd)
     rows = q_RHd.shape[0]
     # Whatever is last reads most: counts grow with the place.
-    most = max(1, blocks_read(first + rows - 1, density) - 1)
+    most = blocks_read(first + rows - 1, density) - 1
     chosen_HRS = torch.empty((num_heads, rows, most), dtype=torch.int32, device=q_MHd.device)
     scores_HRC = torch.empty((num_heads, rows, blocks), dtype=torch.float32, device=q_MHd.device)
     if blocks:
@@ -189,7 +207,7 @@ def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) ->
             q_RHd, k_LKd, scores_HRC, scale * _LOG2_E, first, rows, blocks, num_heads // k_LKd.shape[1],
             head_dim, BLOCK_TOKENS, _BLOCK_R, num_warps=4,
         )  # fmt: skip
-    wide = power_of_two(max(first + rows, most))
+    wide = power_of_two(first + rows)
     _choose_blocks[(num_heads * rows,)](
         scores_HRC, chosen_HRS, first, share_of(density), rows, blocks, most, ALWAYS, SHARES, wide,
         num_warps=min(max(wide // 256, 1), 16),

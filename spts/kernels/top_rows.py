@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spts.kernels import reference
-from spts.kernels.checks import require
+from spts.kernels.checks import require, sizes
 
 _BLOCK_T = 8192
 _MOST = 32768  # One program reads them all five times: with more, torch's sort is faster.
@@ -84,7 +84,7 @@ def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) 
 
     Raises ValueError naming an argument of wrong shape, dtype, strides, device, or a number out of range.
     """
-    num_candidates = scores_T.shape[0]
+    (num_candidates,) = sizes("scores_T", scores_T, 1)
     require("scores_T", scores_T, shape=(num_candidates,), like=scores_T, dtypes=(torch.float32,))
     require("has_nan", has_nan, shape=(), like=scores_T, dtypes=(torch.bool,))
     if not 1 <= num_recent <= num_kept <= num_candidates < 2**31:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from jobs import arena, kernels
+from jobs.kernel_cases import block_mask
 from spts.cost import ModelShape
 from spts.kernels import dispatch
 
@@ -30,17 +31,38 @@ def run(*more: str) -> int:
     return kernels.main(["--shape", "tiny", "--device", DEVICE, "--repeats", "2", "--eager-only", *more])
 
 
+@pytest.mark.slow
 def test_every_kernel_is_checked_and_timed(capsys):
-    assert run("--tokens", "70", "40", "--active", "30", "7") == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run("--tokens", "390", "40", "--active", "30", "7", "--density", "0.1") == 0
+    printed = capsys.readouterr().out
+    report = json.loads(printed.splitlines()[-1])
     timed = {row["operation"] for row in report["rows"]}
     assert timed == {
         *("rms_norm", "rotate_in_place", "gated_product", "add_rows_in_place", "top_rows"),
-        "ragged_attention",
+        *("ragged_attention", "sparse_attention"),
     }
-    assert all(row["kernel_s"] > 0 and row["eager_s"] > 0 for row in report["rows"])
+    assert all(row["kernel_s"] > 0 for row in report["rows"])
+    assert all((row["eager_s"] is None) == (row["operation"] == "sparse_attention") for row in report["rows"])
     sizes = [row["size"] for row in report["rows"] if row["operation"] == "top_rows"]
-    assert sizes == ["T70-M30", "T40-M7"]
+    assert sizes == ["T390-M30", "T40-M7"]
+    sparse = [row for row in report["rows"] if row["operation"] == "sparse_attention"]
+    assert [row["size"] for row in sparse] == ["L390-H4-K2-d16-0.1", "L40-H4-K2-d16-0.1"]
+    assert all(row["others_s"].keys() == {"choice alone", "dense"} for row in sparse)
+    assert sparse[0]["kernel_flop_per_s"] > 0
+    assert printed.count("TFLOP/s") == len(sparse)
+
+
+def test_flex_attention_is_given_the_blocks_that_the_kernel_reads():
+    """Two heads, three blocks of queries, the last with a part; -1 fills what a row does not use."""
+    chosen_HRS = torch.tensor([[[-1, -1], [0, -1], [0, 1]], [[-1, -1], [0, -1], [1, -1]]], dtype=torch.int32)
+    mask = block_mask(chosen_HRS, 300)
+    assert mask.to_dense()[0].tolist() == [
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]],
+    ]
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_num_blocks[0].tolist() == [[0, 1, 2], [0, 1, 1]]
+    assert mask.kv_indices[0, :, :, 0].tolist() == [[0, 1, 2]] * 2
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
@@ -60,6 +82,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
         (["--tokens", "70", "80", "--active", "30"], "active must have one number for each of tokens"),
         (["--tokens", "70", "--active", "71"], "active must be at most the 70 tokens, got 71"),
         (["--tokens", "70", "--active", "0"], "active must be an integer of at least 1"),
+        (["--density", "1.0"], "density must be above 0 and below 1, got 1.0"),
         (["--repeats", "0"], "repeats must be an integer of at least 1"),
         (["--shape", "no-such"], "shape must be one of"),
     ],

@@ -56,7 +56,9 @@ def test_random_shape_against_transformers(capsys):
         assert row["kv_bytes"] == row["predicted_kv_bytes"]
         assert row["repeats"] == 2
         assert row["tpot_median_s"] > 0
+    assert all((row["predicted_peak_bytes"] is None) == (row["method"] == "transformers") for row in rows)
     dense, spts, _, rival = rows[4:]
+    assert spts["predicted_peak_bytes"] < dense["predicted_peak_bytes"]
     assert dense["speedup_vs_dense_ratio"] == 1.0
     assert rival["speedup_vs_transformers_ratio"] == 1.0
     assert spts["predicted_flop"] < dense["predicted_flop"]
@@ -143,6 +145,8 @@ def test_backends_are_rivals_that_answer_alike(capsys):
     rows = last_line(capsys.readouterr().out)["rows"]
     assert [row["method"] for row in rows] == ["dense", "spts", "dense, math", "dense, flash", "transformers"]
     assert rows[2]["kv_bytes"] == rows[0]["kv_bytes"]
+    assert run_local("--shape", "tiny", "--lengths", "50", "--backends", "every") == 0
+    assert "dense, flash" in [row["method"] for row in last_line(capsys.readouterr().out)["rows"]]
     assert run_local("--shape", "tiny", "--lengths", "50", "--backends", "cudnn") == 2
     assert "backends must be ones that torch has" in capsys.readouterr().err
 

@@ -24,25 +24,43 @@ from spts.kernels.gated_product import _gated_product
 from spts.kernels.ragged_attention import _add_splits, _ragged_attention
 from spts.kernels.rms_norm import _rms_norm
 from spts.kernels.rotate_in_place import _rotate
+from spts.kernels.sparse_attention import (
+    _block_scores,
+    _choose_blocks,
+    _sparse_attention,
+    keys_at_once,
+)
 from spts.kernels.top_rows import _top_rows
 
 CAPABILITIES = (80, 90)
 HALF, FLOAT, INDEX, BYTE = "*bf16", "*fp32", "*i64", "*u8"
 
-# kernel -> types of its arguments in order (a plain value is a constant), and the launch options
-LAUNCHES: list[tuple[Any, list[Any], dict[str, int]]] = [
-    (_rms_norm, [HALF, HALF, HALF, "i32", "fp32", "i32", 4096], {"num_warps": 8}),
-    (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
-    (_gated_product, [HALF, HALF, "i32", "i32", "i32", "i32", 2048], {"num_warps": 8}),
-    (_add_rows, [HALF, INDEX, HALF, "i32", "i32", "i32", 4096], {"num_warps": 8}),
-    (
-        _ragged_attention,
-        [HALF, HALF, HALF, INDEX, FLOAT, FLOAT, FLOAT, "fp32", *["i32"] * 7, 16, 16, 128, 64],
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    (_add_splits, [FLOAT, FLOAT, FLOAT, HALF, "i32", "i32", 64, 128], {"num_warps": 4}),
-    (_top_rows, [FLOAT, INDEX, BYTE, "i32", "i32", "i32", 8192], {"num_warps": 16}),
-]
+
+def launches(capability: int) -> list[tuple[Any, list[Any], dict[str, int]]]:
+    """Each kernel with the types of its arguments in order (a plain value is a constant) and the options that
+    GPUs of one compute capability launch it with."""
+    at_once = keys_at_once(2, capability // 10)
+    rows = f"tensordesc<bf16[{at_once}, 128]>"  # a host's descriptor of keys or values
+    return [
+        (_rms_norm, [HALF, HALF, HALF, "i32", "fp32", "i32", 4096], {"num_warps": 8}),
+        (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
+        (_gated_product, [HALF, HALF, "i32", "i32", "i32", "i32", 2048], {"num_warps": 8}),
+        (_add_rows, [HALF, INDEX, HALF, "i32", "i32", "i32", 4096], {"num_warps": 8}),
+        (
+            _ragged_attention,
+            [HALF, HALF, HALF, INDEX, FLOAT, FLOAT, FLOAT, "fp32", *["i32"] * 7, 16, 16, 128, 64],
+            {"num_warps": 4, "num_stages": 3},
+        ),
+        (_add_splits, [FLOAT, FLOAT, FLOAT, HALF, "i32", "i32", 64, 128], {"num_warps": 4}),
+        (_top_rows, [FLOAT, INDEX, BYTE, "i32", "i32", "i32", 8192], {"num_warps": 16}),
+        (_block_scores, [HALF, HALF, FLOAT, "fp32", *["i32"] * 4, 128, 128, 64], {"num_warps": 4}),
+        (_choose_blocks, [FLOAT, "*i32", *["i32"] * 5, 3, 1 << 16, 1024], {"num_warps": 4}),
+        (
+            _sparse_attention,
+            [HALF, rows, rows, "*i32", HALF, "fp32", *["i32"] * 6, 128, 3, 1 << 16, 128, at_once],
+            {"num_warps": 8, "num_stages": 2},
+        ),
+    ]
 
 
 def compile_for(capability: int, kernel: Any, types: list[Any], options: dict[str, int]) -> dict[str, int]:
@@ -87,8 +105,8 @@ def main() -> None:
     """Prints the report."""
     report = {
         f"{kernel.__name__.strip('_')} sm_{capability}": compile_for(capability, kernel, types, options)
-        for kernel, types, options in LAUNCHES
         for capability in CAPABILITIES
+        for kernel, types, options in launches(capability)
     }
     print(json.dumps(report))
 

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from spts.kernels import checks, dispatch, reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from spts.kernels import dispatch, reference
+from tests.spts.kernel_inputs import DEVICE, DTYPES, PRODUCTS, close, draw, flag
 
 KERNELS = (
     "rms_norm",
@@ -26,22 +25,9 @@ KERNELS = (
     "gated_product",
     "causal_attention",
     "ragged_attention",
+    "sparse_attention",
 )
-# Relative error by dtype, ‖out - exact‖ / ‖exact‖: the one table for all kernels.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SILU = ACT2FN["silu"]
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape).to(device=DEVICE, dtype=dtype)
-
-
-def close(out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    assert out.shape == exact.shape
-    exact = exact.double()
-    error = float(torch.linalg.vector_norm(out.double() - exact) / torch.linalg.vector_norm(exact))
-    assert error <= TOLERANCE[dtype], error
 
 
 def test_every_kernel_has_its_references_name_and_signature():
@@ -136,10 +122,6 @@ def test_add_rows_in_place(size, dtype):
     assert torch.equal(out.cpu(), expected)
 
 
-def flag() -> Tensor:
-    return torch.zeros((), dtype=torch.bool, device=DEVICE)
-
-
 @pytest.mark.parametrize("tokens", [1, 2, 63, 500])
 @pytest.mark.parametrize("values", ["spread", "tied", "softmax"])
 def test_top_rows(tokens, values):
@@ -212,12 +194,6 @@ def test_causal_attention_meets_few_lengths(monkeypatch):
         heads = draw(tokens, 1, 2)
         assert dispatch.kernel("causal_attention")(heads, heads, heads, 1.0).shape == heads.shape
     assert seen == {(256, 256, 256), (512, 512, 512)}
-
-
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-PRODUCTS = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16], ids=["fp32", "half"]
-)
 
 
 @pytest.fixture
@@ -309,83 +285,3 @@ def test_ragged_attention_passes_nan_on_to_that_request_alone(few_programs, wher
     out_BHd = dispatch.kernel("ragged_attention")(q_BHd, k_BKd, v_BKd, held, table_B3, 0.3)
     assert bool(out_BHd[0].isnan().all())
     assert bool(out_BHd[1].isfinite().all())
-
-
-def norm_call(**other: Any) -> Any:
-    return lambda: dispatch.kernel("rms_norm")(other.get("x", draw(5, 8)), other.get("weight", draw(8)), 1e-5)
-
-
-def add_call(x: Tensor, index: Tensor, delta: Tensor) -> Any:
-    return lambda: dispatch.kernel("add_rows_in_place")(x, index.to(DEVICE), delta)
-
-
-REFUSED = {
-    "shape": (norm_call(weight=draw(9)), r"weight_D must have the shape \(8,\), got \(9,\)"),
-    "dtype": (norm_call(weight=draw(8).bfloat16()), "weight_D must be of torch.float32, got torch.bfloat16"),
-    "integers": (norm_call(x=draw(5, 8).int()), "x_TD must be of torch.bfloat16 or .* got torch.int32"),
-    "stride": (norm_call(x=draw(8, 5).t()), "x_TD must have a last dimension without gaps, got strides"),
-    "device": (norm_call(weight=torch.empty(8, device="meta")), "weight_D must be on .* got meta"),
-    "odd head": (
-        lambda: dispatch.kernel("rotate_in_place")(draw(2, 1, 3), draw(2, 3), draw(2, 3)),
-        "x_THd must have heads of even size, got 3",
-    ),
-    "angles": (
-        lambda: dispatch.kernel("rotate_in_place")(draw(2, 1, 4), draw(3, 4), draw(2, 4)),
-        r"cos_Td must have the shape \(2, 4\), got \(3, 4\)",
-    ),
-    "gaps": (
-        lambda: dispatch.kernel("gated_product")(draw(4, 6), draw(6, 4).t(), SILU),
-        "up_MF must have a last dimension without gaps",
-    ),
-    "index dtype": (
-        add_call(draw(3, 4), torch.tensor([0, 2], dtype=torch.int32), draw(2, 4)),
-        "index_M must be of torch.int64, got torch.int32",
-    ),
-    "too many rows": (
-        add_call(draw(1, 4), torch.tensor([0, 0]), draw(2, 4)),
-        "index_M must choose at most the 1 rows there are, got 2",
-    ),
-    "M > T": (
-        lambda: dispatch.kernel("top_rows")(draw(3), 4, 1, flag()),
-        "num_recent, num_kept and the candidates must ascend from 1 .* got 1, 4 and 3",
-    ),
-    "no candidates": (lambda: dispatch.kernel("top_rows")(draw(0), 0, 0, flag()), "must ascend from 1"),
-    "table": (
-        lambda: dispatch.kernel("ragged_attention")(
-            draw(2, 4, 8), draw(2, 2, 8), draw(2, 2, 8), [], torch.zeros(2, 3, device=DEVICE), 1.0
-        ),
-        "table_B3 must be of torch.int64, got torch.float32",
-    ),
-    "grouped heads": (
-        lambda: dispatch.kernel("ragged_attention")(
-            draw(1, 5, 8), draw(1, 2, 8), draw(1, 2, 8), [], torch.zeros(1, 3).long().to(DEVICE), 1.0
-        ),
-        "q_BHd must have a multiple of k_BKd's 2 heads, got 5",
-    ),
-    "half scores": (
-        lambda: dispatch.kernel("top_rows")(draw(3).bfloat16(), 1, 1, flag()),
-        "scores_T must be of torch.float32, got torch.bfloat16",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_arguments_that_do_not_fit_are_refused_by_name(name):
-    call, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_what_a_kernel_does_not_know_runs_the_reference_and_says_so_once():
-    checks.warn_reference.cache_clear()
-    gate_MF, up_MF = draw(4, 6), draw(4, 6)
-    expected = reference.gated_product(gate_MF.clone(), up_MF, F.gelu)
-    out = []
-    with pytest.warns(UserWarning, match="gated_product runs without its kernel") as warned:
-        out += [dispatch.kernel("gated_product")(gate_MF.clone(), up_MF, F.gelu) for _ in range(2)]
-    assert len(warned) == 1
-    assert all(torch.equal(each, expected) for each in out)
-    x_TD = draw(2, 40_000)
-    with pytest.warns(UserWarning, match="rms_norm runs without its kernel: rows of 40000"):
-        wide = dispatch.kernel("rms_norm")(x_TD, torch.ones(40_000, device=DEVICE), 1e-5)
-    close(wide, F.rms_norm(x_TD.double(), (40_000,), None, 1e-5), torch.float32)

@@ -65,11 +65,11 @@ class Held(TorchDispatchMode):
         self.now -= num_bytes
 
 
-@pytest.fixture(scope="module")
-def model() -> SptsModel:
+@pytest.fixture(scope="module", params=[400, 48], ids=["wide-ffn", "narrow-ffn"])
+def model(request) -> SptsModel:
+    """Holds most in its FFN, or in its attention."""
     torch.manual_seed(1)
-    # Wide enough that what is counted by rows outweighs odd ends.
-    return spts_model(transformers_model("llama", intermediate_size=400), first_layer=1)
+    return spts_model(transformers_model("llama", intermediate_size=request.param), first_layer=1)
 
 
 @pytest.mark.parametrize("flops", [None, 10**7])
@@ -78,6 +78,8 @@ def model() -> SptsModel:
 def test_a_request_never_holds_more_than_was_reserved_and_not_much_less(
     model, name, num_tokens, flops, monkeypatch
 ):
+    """Where it holds most in its FFN, as language models do, within a tenth, unless it probes with many
+    tokens; else what only a GPU needs counts too."""
     # torch's own mask object cannot be made under a dispatch mode; on a CPU it is written out like this.
     monkeypatch.setattr(reference, "causal_lower_right", lambda m, n: torch.ones(m, n).tril(n - m).log())
     method, token_ids, new_tokens = METHODS[name], prompt(num_tokens), 5
@@ -99,4 +101,5 @@ def test_a_request_never_holds_more_than_was_reserved_and_not_much_less(
     )
     assert used.most <= reserved
     if num_tokens == 1000:
-        assert reserved <= 2 * used.most
+        tight = model.shape.intermediate_size == 400 and flops is None and name != "wide-probe"
+        assert reserved <= (1.1 if tight else 2) * used.most
