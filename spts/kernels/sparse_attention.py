@@ -1,12 +1,11 @@
 """Causal attention in which each block of queries reads only some blocks of keys, and the choice of them.
 
 Three launches: what the mean of a block of queries gives to each block of keys; which blocks that makes; the
-attention over them. A query head chooses for itself. Blocks before the queries' own are read whole, without a
-mask.
+attention over them (`block_attention`). A query head chooses for itself.
 
 Legend: M queries, L keys, H query heads, K key/value heads, G query heads per key head, d head size, R blocks
 of queries, C blocks of keys, S blocks that a block of queries reads at most before its own, B tokens of a
-block, N keys read at once.
+block.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spts.kernels import reference
+from spts.kernels.block_attention import HEAD_SIZES, LOG2_E, attend_blocks, blocks_before
 from spts.kernels.blocks import ALWAYS, BLOCK_TOKENS, SHARES, blocks_read, check_blocks, share_of
 from spts.kernels.checks import (
     HALF_AND_FLOAT,
@@ -28,8 +27,6 @@ from spts.kernels.checks import (
     warn_reference,
 )
 
-_HEAD_SIZES = (16, 32, 64, 128)
-_LOG2_E = 1.4426950408889634
 _MOST_KEYS = 1 << 21  # one program chooses among all blocks of a row
 _BLOCK_R = 64  # means of queries at once
 
@@ -58,21 +55,13 @@ def _block_scores(
 
 
 @triton.jit
-def _blocks_before(block, share, ALWAYS: tl.constexpr, SHARES: tl.constexpr):
-    """`blocks.blocks_read` less the block itself."""
-    visible = block + 1
-    read = ((visible.to(tl.int64) * share + SHARES - 1) // SHARES).to(tl.int32)
-    return tl.minimum(visible, tl.maximum(read, ALWAYS)) - 1
-
-
-@triton.jit
 def _choose_blocks(
     scores, chosen, first, share, R, C, S,
     ALWAYS: tl.constexpr, SHARES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     own = first + tl.program_id(0) % R
-    room = _blocks_before(own, share, ALWAYS, SHARES)
+    room = blocks_before(own, share, ALWAYS, SHARES)
     column = tl.arange(0, BLOCK_C)
     score_C = tl.load(scores + row * C + column, mask=column < own, other=0.0) + 0.0
     bits_C = score_C.to(tl.int32, bitcast=True)
@@ -96,55 +85,6 @@ def _choose_blocks(
     tl.store(chosen + row * S + column, -1, mask=(column >= room) & (column < S))
 
 
-@triton.jit
-def _sparse_attention(
-    q, keys, values, chosen, out, scale_log2, first, share, M, S, R, G,
-    D: tl.constexpr, ALWAYS: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    # Blocks that read most begin first; the query heads of a key head run beside each other.
-    row = R - 1 - tl.program_id(0) // G
-    kv_head, num_heads = tl.program_id(1), tl.num_programs(1) * G
-    head = kv_head * G + tl.program_id(0) % G
-    column, query, token = tl.arange(0, D), tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
-    query_M = (row * BLOCK + query).to(tl.int64)
-    place_M = (query_M * num_heads + head) * D
-    inside_M1 = (query_M < M)[:, None]
-    q_MD = tl.load(q + place_M[:, None] + column[None, :], mask=inside_M1, other=0.0)
-    peak_M = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total_M = tl.zeros((BLOCK,), tl.float32)
-    out_MD = tl.zeros((BLOCK, D), tl.float32)
-
-    # Its own block: of it a query sees what is not later, so nothing behind the last key (read as 0).
-    for start in range(0, BLOCK, BLOCK_N):
-        place = (first + row) * BLOCK + start
-        k_ND = keys.load([place, kv_head * D])
-        score_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee") * scale_log2
-        score_MN = tl.where(query[:, None] >= (start + token)[None, :], score_MN, float("-inf"))
-        higher_M = tl.maximum(peak_M, tl.max(score_MN, axis=1))
-        weight_MN = tl.exp2(score_MN - higher_M[:, None])
-        fade_M = tl.exp2(peak_M - higher_M)
-        total_M = total_M * fade_M + tl.sum(weight_MN, axis=1)
-        v_ND = values.load([place, kv_head * D])
-        out_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None], input_precision="ieee")
-        peak_M = higher_M
-
-    chosen += (head.to(tl.int64) * R + row) * S
-    parts: tl.constexpr = BLOCK // BLOCK_N
-    for step in range(_blocks_before(first + row, share, ALWAYS, SHARES) * parts):
-        place = tl.load(chosen + step // parts) * BLOCK + step % parts * BLOCK_N
-        k_ND = keys.load([place, kv_head * D])
-        score_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
-        higher_M = tl.maximum(peak_M, tl.max(score_MN, axis=1) * scale_log2)
-        weight_MN = tl.exp2(score_MN * scale_log2 - higher_M[:, None])
-        fade_M = tl.exp2(peak_M - higher_M)
-        total_M = total_M * fade_M + tl.sum(weight_MN, axis=1)
-        v_ND = values.load([place, kv_head * D])
-        out_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, out_MD * fade_M[:, None], input_precision="ieee")
-        peak_M = higher_M
-    result_MD = (out_MD / total_M[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place_M[:, None] + column[None, :], result_MD, mask=inside_M1)
-
-
 def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float) -> Tensor:
     """As `reference.sparse_attention`, which also runs what is not 16 to 128 wide, by powers of two.
 
@@ -155,41 +95,19 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     require("q_MHd", q_MHd, shape=(num_queries, num_heads, head_dim), like=q_MHd, dtypes=HALF_AND_FLOAT)
     for name, x_LKd in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
         require(name, x_LKd, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd)
-        if x_LKd.data_ptr() % 16:
+    for name, x in (("q_MHd", q_MHd), ("k_LKd", k_LKd), ("v_LKd", v_LKd)):
+        if x.data_ptr() % 16:
             raise ValueError(
                 f"{name} must begin at an address divisible by 16, as a descriptor does, "
-                f"got {x_LKd.data_ptr() % 16} more; copy it"
+                f"got {x.data_ptr() % 16} more; copy it"
             )
     require_groups("q_MHd", num_heads, "k_LKd", num_kv_heads)
     check_blocks(num_queries, num_keys, density)
-    if head_dim not in _HEAD_SIZES or num_keys > _MOST_KEYS:
-        reason = f"more than {_MOST_KEYS} keys" if head_dim in _HEAD_SIZES else f"heads of {head_dim}"
+    if head_dim not in HEAD_SIZES or num_keys > _MOST_KEYS:
+        reason = f"more than {_MOST_KEYS} keys" if head_dim in HEAD_SIZES else f"heads of {head_dim}"
         warn_reference("sparse_attention", reason)
         return reference.sparse_attention(q_MHd, k_LKd, v_LKd, scale, density)
-    out_MHd = torch.empty_like(q_MHd)
-    chosen_HRS = choose_blocks(q_MHd, k_LKd, scale, density)
-    rows, most = chosen_HRS.shape[1:]
-    major = torch.cuda.get_device_capability(q_MHd.device)[0] if q_MHd.is_cuda else 9
-    at_once = keys_at_once(q_MHd.element_size(), major)
-    keys, values = (
-        TensorDescriptor.from_tensor(x_LKd.view(num_keys, -1), [at_once, head_dim])
-        for x_LKd in (k_LKd, v_LKd)
-    )
-    group = num_heads // num_kv_heads
-    _sparse_attention[(rows * group, num_kv_heads)](
-        q_MHd, keys, values, chosen_HRS, out_MHd, scale * _LOG2_E, (num_keys - num_queries) // BLOCK_TOKENS,
-        share_of(density), num_queries, most, rows, group, head_dim, ALWAYS, SHARES, BLOCK_TOKENS, at_once,
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
-    return out_MHd
-
-
-def keys_at_once(element_bytes: int, major: int) -> int:
-    """How many keys a program reads at once on GPUs of a major compute capability.
-
-    Before 9 a descriptor's rows come through registers, which more than 16 of them do not leave enough of.
-    """
-    return 64 if element_bytes == 2 and major >= 9 else 16
+    return attend_blocks(q_MHd, k_LKd, v_LKd, scale, density, choose_blocks(q_MHd, k_LKd, scale, density))
 
 
 def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) -> Tensor:
@@ -204,7 +122,7 @@ def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) ->
     scores_HRC = torch.empty((num_heads, rows, blocks), dtype=torch.float32, device=q_MHd.device)
     if blocks:
         _block_scores[(blocks, triton.cdiv(rows, _BLOCK_R), num_heads)](
-            q_RHd, k_LKd, scores_HRC, scale * _LOG2_E, first, rows, blocks, num_heads // k_LKd.shape[1],
+            q_RHd, k_LKd, scores_HRC, scale * LOG2_E, first, rows, blocks, num_heads // k_LKd.shape[1],
             head_dim, BLOCK_TOKENS, _BLOCK_R, num_warps=4,
         )  # fmt: skip
     wide = power_of_two(first + rows)

@@ -20,16 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spts.kernels.add_rows_in_place import _add_rows
+from spts.kernels.block_attention import Tiling, _block_attention
 from spts.kernels.gated_product import _gated_product
 from spts.kernels.ragged_attention import _add_splits, _ragged_attention
 from spts.kernels.rms_norm import _rms_norm
 from spts.kernels.rotate_in_place import _rotate
-from spts.kernels.sparse_attention import (
-    _block_scores,
-    _choose_blocks,
-    _sparse_attention,
-    keys_at_once,
-)
+from spts.kernels.sparse_attention import _block_scores, _choose_blocks
 from spts.kernels.top_rows import _top_rows
 
 CAPABILITIES = (80, 90)
@@ -39,8 +35,8 @@ HALF, FLOAT, INDEX, BYTE = "*bf16", "*fp32", "*i64", "*u8"
 def launches(capability: int) -> list[tuple[Any, list[Any], dict[str, int]]]:
     """Each kernel with the types of its arguments in order (a plain value is a constant) and the options that
     GPUs of one compute capability launch it with."""
-    at_once = keys_at_once(2, capability // 10)
-    rows = f"tensordesc<bf16[{at_once}, 128]>"  # a host's descriptor of keys or values
+    at_once, warps = Tiling.on(2, capability // 10)
+    queries, keys = (f"tensordesc<bf16[{rows}, 128]>" for rows in (128, at_once))  # a host's descriptors
     return [
         (_rms_norm, [HALF, HALF, HALF, "i32", "fp32", "i32", 4096], {"num_warps": 8}),
         (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
@@ -56,9 +52,9 @@ def launches(capability: int) -> list[tuple[Any, list[Any], dict[str, int]]]:
         (_block_scores, [HALF, HALF, FLOAT, "fp32", *["i32"] * 4, 128, 128, 64], {"num_warps": 4}),
         (_choose_blocks, [FLOAT, "*i32", *["i32"] * 5, 3, 1 << 16, 1024], {"num_warps": 4}),
         (
-            _sparse_attention,
-            [HALF, rows, rows, "*i32", HALF, "fp32", *["i32"] * 6, 128, 3, 1 << 16, 128, at_once],
-            {"num_warps": 8, "num_stages": 2},
+            _block_attention,
+            [queries, keys, keys, "*i32", queries, "fp32", *["i32"] * 5, 128, 3, 1 << 16, 128, at_once],
+            {"num_warps": warps, "num_stages": 2},
         ),
     ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from spts.kernels import dispatch, reference
+from spts.kernels import block_attention, dispatch, reference
 from tests.spts.kernel_inputs import DEVICE, DTYPES, PRODUCTS, close, draw, flag
 
 KERNELS = (
@@ -172,6 +173,23 @@ def test_top_rows_notices_nan_and_never_forgets_it(where, nan):
     assert int(kept_M.min()) >= 0 and int(kept_M.max()) < 63
     dispatch.kernel("top_rows")(torch.rand(63, device=DEVICE), 7, 2, has_nan)
     assert bool(has_nan)
+
+
+@PRODUCTS
+@pytest.mark.parametrize(("queries", "keys"), [(1024, 1152), (1100, 1356), (1024, 1100), (40, 168)])
+def test_a_slice_of_a_prefill_attends_to_all_before_it(queries, keys, dtype, monkeypatch):
+    """Many queries after whole blocks in half precision: by blocks. Others: as torch does."""
+    by_blocks = Mock(wraps=block_attention.attend_blocks)
+    monkeypatch.setattr("spts.kernels.causal_attention.attend_blocks", by_blocks)
+    q_MHd, k_LKd, v_LKd = (
+        draw(rows, heads, 16, dtype=dtype) for rows, heads in ((queries, 2), (keys, 1), (keys, 1))
+    )
+    out_MHd = dispatch.kernel("causal_attention")(q_MHd, k_LKd, v_LKd, 0.3)
+    exact = reference.causal_attention(q_MHd.double(), k_LKd.double(), v_LKd.double(), 0.3)
+    close(out_MHd, exact, dtype)
+    if torch.device(DEVICE).type == "cpu" or torch.cuda.get_device_capability()[0] >= 9:
+        half = dtype != torch.float32
+        assert by_blocks.called == (half and queries >= 1024 and (keys - queries) % 128 == 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 256, 300])
