@@ -130,8 +130,9 @@ class Shard:
             RANK=str(self._rank), WORLD_SIZE=str(self._world_size), LOCAL_RANK="0", LOCAL_SIZE="1"
         )
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+        os.environ["DS_ACCELERATOR"] = self._config.device
         if self._config.device == "cpu":
-            os.environ.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo")
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         if self._world_size == 1:
             return
         if self._rank != 0:
