@@ -338,7 +338,7 @@ class Engine:
     async def _warm_up(self, info: EngineInfo) -> None:
         """Answer a few requests, so that what is slow the first time is slow now and "ready" has been seen to
         be true."""
-        requests = warm_up.requests(info, self._config.max_running)
+        prefills = warm_up.prefills(info, self._config.max_running)
         tokens: dict[str, int] = {}
 
         async def run(step: Step) -> None:
@@ -347,11 +347,15 @@ class Engine:
                 raise error
             tokens.update((token.request_id, token.token_id) for token in output.tokens)
 
-        for request in requests:
-            await run(Step(start=request, advance=(request.request_id, None)))
-        for size in warm_up.batches(info, len(requests)):
+        for request, flops in prefills:
+            await run(Step(start=request, advance=(request.request_id, flops)))
+            while request.request_id not in tokens:
+                await run(Step(advance=(request.request_id, flops)))
+        for size in warm_up.batches(info, len(prefills)):
             await run(Step(decode=tuple(tokens.items())[:size]))
-        self._latest = await self._group.step(Step(release=tuple(request.request_id for request in requests)))
+        self._latest = await self._group.step(
+            Step(release=tuple(request.request_id for request, _ in prefills))
+        )
 
     async def _restart(self, reason: EngineError) -> None:
         """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed

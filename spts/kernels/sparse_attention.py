@@ -31,7 +31,7 @@ _MOST_KEYS = 1 << 21  # one program chooses among all blocks of a row
 _BLOCK_R = 64  # means of queries at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "R", "C", "G"])
 def _block_scores(
     q, k, scores, scale_log2, first, R, C, G,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -54,7 +54,7 @@ def _block_scores(
     tl.store(scores + place_R, score_R, mask=row_R < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "share", "R", "C", "S"])
 def _choose_blocks(
     scores, chosen, first, share, R, C, S,
     ALWAYS: tl.constexpr, SHARES: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -493,11 +493,11 @@ async def test_ranks_that_start_again_are_ready_once_they_have_made_a_token():
         assert (engine.group.num_starts, engine.num_restarts) == (3, 1)
         first, then, _ = engine.group.steps[steps:]
         assert first.start == then.start
-        assert then.advance == ("warm-up-0", None)
+        assert then.advance is not None and then.advance[0] == "warm-up-0"
         assert engine.group.ranks[0].num_cached == 0
 
 
-async def test_on_a_gpu_every_size_of_batch_and_a_prompt_that_skips_have_run_before_the_first_request():
+async def test_on_a_gpu_every_size_of_batch_has_run_before_the_first_request():
     async with started(device="cuda", max_running=6) as engine:
         *steps, last = engine.group.steps
         prompts = [step.start for step in steps if step.start is not None]
@@ -508,15 +508,27 @@ async def test_on_a_gpu_every_size_of_batch_and_a_prompt_that_skips_have_run_bef
         assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
 
 
-def test_prompts_that_skip_are_warmed_up_with_where_a_model_can_skip():
-    known = replace(info(EngineConfig(model="fake", device="cuda")), max_context=4096)
-    skips = [each.method for each in warm_up.requests(known, 4) if each.method.name == "spts"]
-    assert [method.schedule_for(6).attention_density for method in skips] == [1.0, 0.5]
-    for changed in ({"first_proxy_layer": None}, {"first_proxy_layer": 6}, {"max_context": 600}):
-        methods = {each.method.name for each in warm_up.requests(replace(known, **changed), 4)}
-        assert methods == {"dense"}
-    assert len(warm_up.requests(known, 1)) == 1
-    assert [len(each.token_ids) for each in warm_up.requests(replace(known, device="cpu"), 4)] == [1]
+def test_prompts_in_slices_and_prompts_that_skip_are_warmed_up_with_where_there_is_room():
+    config = EngineConfig(model="fake", device="cuda")
+    roomy = replace(info(config), max_context=40_000)
+
+    def prompts(known, max_running=6):
+        return [
+            (sent.method.name, len(sent.token_ids), flops is known.slice_flops or flops == known.slice_flops)
+            for sent, flops in warm_up.prefills(known, max_running)
+        ]
+
+    one = ("dense", 1, True)
+    skipping = [("spts", 512, True), ("spts", 500, True), ("spts", 33_024, True)]
+    assert prompts(roomy) == [("dense", 2560, False), *skipping, one, one]
+    assert prompts(roomy, 1) == [("dense", 2560, False)]
+    assert prompts(replace(roomy, first_proxy_layer=None)) == [("dense", 2560, False), *[one] * 5]
+    assert prompts(replace(roomy, first_proxy_layer=6)) == [("dense", 2560, False), *[one] * 5]
+    assert prompts(replace(roomy, max_context=1000)) == [*skipping[:2], *[one] * 4]
+    assert prompts(replace(roomy, kv_bytes_limit=300_000)) == [one] * 6
+    assert prompts(replace(roomy, device="cpu")) == [one]
+    _, sparse = (sent.method.schedule_for(6) for sent, _ in warm_up.prefills(roomy, 3)[1:])
+    assert sparse.attention_density < 1
 
 
 async def test_a_group_that_does_not_come_back_fails_the_engine_and_its_health_check():

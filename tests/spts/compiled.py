@@ -3,7 +3,8 @@
     python -m tests.spts.compiled
 
 Run in a process of its own, without TRITON_INTERPRET. At the sizes of LLaMA-3.1-8B in bfloat16: {"kernel
-sm_90": {"registers": per thread, "spilled_bytes": per thread, "shared_bytes": per program, "threads": …}}.
+sm_90": {"registers": per thread, "spilled_bytes": per thread, "shared_bytes": per program, "threads": …,
+"wgmma": instructions for the product of matrices that sm_90 has, "wgmma_groups": that run without a wait}}.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def launches(capability: int) -> list[tuple[Any, list[Any], dict[str, int]]]:
     """Each kernel with the types of its arguments in order (a plain value is a constant) and the options that
     GPUs of one compute capability launch it with."""
     at_once, warps = Tiling.on(2, capability // 10)
-    queries, keys = (f"tensordesc<bf16[{rows}, 128]>" for rows in (128, at_once))  # a host's descriptors
+    out, keys = (f"tensordesc<bf16[{rows}, 128]>" for rows in (128, at_once))  # a host's descriptors
     return [
         (_rms_norm, [HALF, HALF, HALF, "i32", "fp32", "i32", 4096], {"num_warps": 8}),
         (_rotate, [HALF, HALF, HALF, "i32", "i32", "i32", "i32", "i32", "i32", 32, 64], {"num_warps": 4}),
@@ -53,7 +54,7 @@ def launches(capability: int) -> list[tuple[Any, list[Any], dict[str, int]]]:
         (_choose_blocks, [FLOAT, "*i32", *["i32"] * 5, 3, 1 << 16, 1024], {"num_warps": 4}),
         (
             _block_attention,
-            [queries, keys, keys, "*i32", queries, "fp32", *["i32"] * 5, 128, 3, 1 << 16, 128, at_once],
+            [HALF, keys, keys, "*i32", out, "fp32", *["i32"] * 6, 128, 3, 1 << 16, 128, at_once],
             {"num_warps": warps, "num_stages": 2},
         ),
     ]
@@ -68,11 +69,11 @@ def compile_for(capability: int, kernel: Any, types: list[Any], options: dict[st
         name: "constexpr" if index in constants else kind
         for index, (name, kind) in enumerate(zip(names, types, strict=True))
     }
-    # What a launch with torch's own memory promises: addresses divisible by 16.
+    # What a launch with torch's own memory promises: addresses and sizes divisible by 16.
     aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(types)
-        if isinstance(kind, str) and (kind.startswith("*") or kind == "i32") and index not in constants
+        (param.num,): [["tt.divisibility", 16]]
+        for param, kind in zip(kernel.params, types, strict=True)
+        if str(kind).startswith(("*", "i32")) and not param.do_not_specialize
     }
     source = ASTSource(
         fn=kernel,
@@ -84,17 +85,23 @@ def compile_for(capability: int, kernel: Any, types: list[Any], options: dict[st
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        report = _print("cuobjdump", "--dump-resource-usage", cubin.name)
+        code = _print("nvdisasm", cubin.name)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return {
         "registers": used["REG"],
         "spilled_bytes": used["STACK"] + used["LOCAL"],
         "shared_bytes": built.metadata.shared,
         "threads": 32 * options["num_warps"],
+        "wgmma": code.count(" HGMMA."),
+        "wgmma_groups": code.count(" WARPGROUP.ARRIVE"),
     }
+
+
+def _print(tool: str, *arguments: str) -> str:
+    """What one of the CUDA tools that Triton brings along prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
