@@ -59,50 +59,10 @@ def draw(reports: Sequence[Mapping[str, Any]], path: Path, *, length: int) -> No
         )
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    sparse = sorted({row["method"] for row in rows if row["method"].startswith(_SPARSE)})
-    shades = zip(sparse, cycle(_SPARSE_COLOURS))
-    lines = {method: (method.replace("spts", "SPTS"), colour, "v") for method, colour in shades}
-    for method, (label, colour, marker) in {**lines, **_LINES}.items():
-        own = [row for row in rows if row["method"] == method]
-        lengths = [row["length_tokens"] / 1024 for row in own]
-        left.plot(
-            lengths,
-            [row["speedup_vs_fastest_dense_ratio"] for row in own],
-            color=colour,
-            marker=marker,
-            label=label,
-        )
-        if method == "spts" or method in sparse:
-            ideal = [row["predicted_speedup_ratio"] for row in own]
-            left.plot(lengths, ideal, color=colour, linestyle=":", label=f"{label}, FLOP ratio")
-            for row, x in zip(own, lengths, strict=True):
-                ratio = row["speedup_vs_fastest_dense_ratio"]
-                left.annotate(f"{ratio:.2f}×", (x, ratio), (0, 8), textcoords="offset points", ha="center")
-    left.axhline(1.0, color=_FAINT, linewidth=1)
-    left.set_xscale("log", base=2)
-    ticks = sorted({row["length_tokens"] for row in rows})
-    left.set_xticks([tick / 1024 for tick in ticks], [f"{tick // 1024}K" for tick in ticks])
-    left.set(xlabel="prompt, tokens", ylabel="time to first token, × as fast as dense", ylim=(0, None))
-    left.set_title("Speed-up over the fastest dense", loc="left", fontsize=10)
-    left.legend(frameon=False, loc="upper left")
-
-    for place, method in enumerate(("dense", "spts")):
-        spent: dict[tuple[str, str], float] = {}
-        for part in parts:
-            if part["method"] == method:
-                kind = _KINDS.get(part["part"], _REST)
-                spent[kind] = spent.get(kind, 0.0) + part["seconds"] * 1e3
-        bottom = 0.0
-        for kind in dict.fromkeys((*_KINDS.values(), _REST)):
-            height = spent.get(kind, 0.0)
-            right.bar(place, height, 0.6, bottom=bottom, color=kind[1], label=kind[0] if not place else None)
-            bottom += height
-        right.annotate(f"{bottom:,.0f} ms", (place, bottom), (0, 4), textcoords="offset points", ha="center")
-    right.set_xticks([0, 1], ["dense", "SPTS"])
-    right.set(ylabel="ms", xlim=(-0.5, 2.4))
+    sparse = sorted({row["method"] for row in rows if row["method"].startswith(_SPARSE)}, reverse=True)
+    _ratios(left, rows, sparse)
+    _times(right, parts, sparse)
     right.set_title(f"One prefill of {length // 1024}K tokens", loc="left", fontsize=10)
-    handles, labels = right.get_legend_handles_labels()
-    right.legend(handles[::-1], labels[::-1], frameon=False, loc="upper right")
     for axes in (left, right):
         axes.grid(axis="y", color=_GRID)
         axes.set_axisbelow(True)
@@ -111,6 +71,57 @@ def draw(reports: Sequence[Mapping[str, Any]], path: Path, *, length: int) -> No
     about = reports[0]
     figure.suptitle(f"{about['model'].split(':')[0]}; {about['hardware'].split(',')[0]}", fontsize=10)
     figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _ratios(axes: Any, rows: Sequence[Mapping[str, Any]], sparse: Sequence[str]) -> None:
+    shades = zip(sparse, cycle(_SPARSE_COLOURS))
+    lines = {method: (method.replace("spts", "SPTS"), colour, "v") for method, colour in shades}
+    labels: dict[float, list[float]] = {}
+    for method, (label, colour, marker) in {**lines, **_LINES}.items():
+        own = [row for row in rows if row["method"] == method]
+        lengths = [row["length_tokens"] / 1024 for row in own]
+        ratios = [row["speedup_vs_fastest_dense_ratio"] for row in own]
+        axes.plot(lengths, ratios, color=colour, marker=marker, label=label)
+        if method == "spts" or method in sparse:
+            ideal = [row["predicted_speedup_ratio"] for row in own]
+            axes.plot(lengths, ideal, color=colour, linestyle=":")
+            for x, ratio in zip(lengths, ratios, strict=True):
+                labels.setdefault(x, []).append(ratio)
+    axes.plot([], [], color=_INK, linestyle=":", label="FLOP ratio")
+    axes.axhline(1.0, color=_FAINT, linewidth=1)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row["length_tokens"] for row in rows})
+    axes.set_xticks([tick / 1024 for tick in ticks], [f"{tick // 1024}K" for tick in ticks])
+    axes.set(xlabel="prompt, tokens", ylabel="time to first token, × as fast as dense", ylim=(0, None))
+    apart = axes.get_ylim()[1] / 15
+    for x, ratios in labels.items():
+        last = float("inf")
+        for ratio in sorted(ratios, reverse=True):
+            if last - ratio >= apart:  # else it would stand on the one above
+                axes.annotate(f"{ratio:.2f}×", (x, ratio), (0, 8), textcoords="offset points", ha="center")
+                last = ratio
+    axes.set_title("Speed-up over the fastest dense", loc="left", fontsize=10)
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _times(axes: Any, parts: Sequence[Mapping[str, Any]], sparse: Sequence[str]) -> None:
+    bars = {"dense": "dense", "spts": "SPTS", **{name: name.replace(_SPARSE, "density\n") for name in sparse}}
+    for place, method in enumerate(bars):
+        spent: dict[tuple[str, str], float] = {}
+        for part in parts:
+            if part["method"] == method:
+                kind = _KINDS.get(part["part"], _REST)
+                spent[kind] = spent.get(kind, 0.0) + part["seconds"] * 1e3
+        bottom = 0.0
+        for kind in dict.fromkeys((*_KINDS.values(), _REST)):
+            height = spent.get(kind, 0.0)
+            axes.bar(place, height, 0.6, bottom=bottom, color=kind[1], label=kind[0] if not place else None)
+            bottom += height
+        axes.annotate(f"{bottom:,.0f} ms", (place, bottom), (0, 4), textcoords="offset points", ha="center")
+    axes.set_xticks(range(len(bars)), list(bars.values()))
+    axes.set(ylabel="ms", xlim=(-0.5, max(2.4, len(bars) - 0.5)))
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="upper right")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The most that a run was predicted to hold, against what runs on an H200 held."""
+"""The most that a run was predicted to hold, against what recorded runs on GPUs held."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measured() -> list[Any]:
         report = json.loads(path.read_text())
         runs += [
             pytest.param(report, row, id=f"{path.stem}-{row['method']}-{row['length_tokens']}")
-            for row in report["rows"]
+            for row in report.get("rows", ())  # one that is not of jobs.latency has none
             if row.get("peak_bytes") is not None and row["method"] != "transformers"
         ]
     return runs
