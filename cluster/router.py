@@ -46,6 +46,9 @@ BYTES_AROUND = 1 << 16
 LARGE_BODY = 1 << 20
 
 
+_METHODS = {"GET": ["GET", "HEAD"], "POST": ["POST"]}  # probes may ask without wanting the body
+
+
 class Router:
     """Routes and what is behind them. engines: by the names in `config.engines`."""
 
@@ -72,9 +75,9 @@ class Router:
             ("/tokenize", self.tokenize, "POST"),
             ("/detokenize", self.detokenize, "POST"),
         ):
-            app.add_api_route(path, route, methods=[verb], response_model=None)
+            app.add_api_route(path, route, methods=_METHODS[verb], response_model=None)
         for path, file in page_files().items():
-            app.add_api_route(path, _answering(file), methods=["GET"], response_model=None)
+            app.add_api_route(path, _answering(file), methods=_METHODS["GET"], response_model=None)
         app.add_exception_handler(HTTPException, _no_such_route)
         for kind in (ApiError, EngineError, SptsError, Exception):
             app.add_exception_handler(kind, self._failure)
@@ -310,7 +313,9 @@ async def _no_such_route(http: HttpRequest, error: Exception) -> Response:
     asked = f"got {http.method} {http.url.path}; see the README"
     if error.status_code != 405:
         return error_response(ApiError("not_found", f"route must exist, {asked}"))
-    allow = (error.headers or {})["Allow"]
-    response = error_response(ApiError("method_not_allowed", f"method must be {allow}, {asked}"))
-    response.headers["Allow"] = allow
+    allowed = sorted((error.headers or {})["Allow"].split(", "))
+    response = error_response(
+        ApiError("method_not_allowed", f"method must be {' or '.join(allowed)}, {asked}")
+    )
+    response.headers["Allow"] = ", ".join(allowed)
     return response

@@ -264,14 +264,22 @@ async def test_a_wrong_method_is_told_the_right_one(folder):
     async with endpoint(folder) as (client, _):
         for method, path, allowed in (
             ("GET", COMPLETIONS, "POST"),
-            ("DELETE", "/v1/models", "GET"),
-            ("PUT", "/v1/models/tiny", "GET"),
-            ("POST", "/health", "GET"),
-            ("PROPFIND", "/", "GET"),
+            ("DELETE", "/v1/models", "GET, HEAD"),
+            ("PUT", "/v1/models/tiny", "GET, HEAD"),
+            ("POST", "/health", "GET, HEAD"),
+            ("PROPFIND", "/", "GET, HEAD"),
         ):
             answer = await client.request(method, path)
             assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
-            assert f"method must be {allowed}, got {method} {path};" in error_of(answer)["message"]
+            told = f"method must be {allowed.replace(', ', ' or ')}, got {method} {path};"
+            assert told in error_of(answer)["message"]
+
+
+async def test_probes_may_ask_without_wanting_the_body(folder):
+    async with endpoint(folder) as (client, _):
+        for path in ("/health", "/ready", "/v1/models", "/"):
+            answer = await client.head(path)
+            assert (answer.status_code, answer.content) == ((await client.get(path)).status_code, b"")
 
 
 async def test_a_body_larger_than_any_prompt_is_413(folder):
