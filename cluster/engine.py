@@ -68,7 +68,7 @@ class Engine:
         self.num_restarts = 0
 
     async def start(self) -> EngineInfo:
-        """Load the model, answer one request, and begin to serve. Again: only the info.
+        """Load the model, answer a few requests, and begin to serve. Again: only the info.
 
         Raises SptsError for the user's faults (ConfigError, ModelError, ProxyError) and EngineError for the
         rest.
@@ -338,7 +338,6 @@ class Engine:
     async def _warm_up(self, info: EngineInfo) -> None:
         """Answer a few requests, so that what is slow the first time is slow now and "ready" has been seen to
         be true."""
-        prefills = warm_up.prefills(info, self._config.max_running)
         tokens: dict[str, int] = {}
 
         async def run(step: Step) -> None:
@@ -347,15 +346,25 @@ class Engine:
                 raise error
             tokens.update((token.request_id, token.token_id) for token in output.tokens)
 
-        for request, flops in prefills:
+        async def read(request: Request, flops: int | None) -> None:
             await run(Step(start=request, advance=(request.request_id, flops)))
             while request.request_id not in tokens:
                 await run(Step(advance=(request.request_id, flops)))
-        for size in warm_up.batches(info, len(prefills)):
+
+        async def release() -> None:
+            self._latest = await self._group.step(Step(release=tuple(tokens)))
+            tokens.clear()
+
+        for request, flops in warm_up.prompts(info):
+            await read(request, flops)
+            await release()
+        together, sizes = warm_up.answers(info, self._config.max_running)
+        for request in together:
+            await read(request, None)
+        for size in sizes:
             await run(Step(decode=tuple(tokens.items())[:size]))
-        self._latest = await self._group.step(
-            Step(release=tuple(request.request_id for request, _ in prefills))
-        )
+        if together:
+            await release()
 
     async def _restart(self, reason: EngineError) -> None:
         """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed

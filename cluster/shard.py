@@ -179,7 +179,7 @@ class Shard:
     def _info(self, model_name: str) -> EngineInfo:
         import torch
 
-        from spts.kernels.reference import ATTENTION
+        from spts.kernels.dispatch import attention
 
         model = self._loaded
         packages = ("torch", "deepspeed", "transformers", "ray")
@@ -198,7 +198,7 @@ class Shard:
             first_proxy_layer=None if model.proxies is None else model.proxies.manifest.first_layer,
             kv_bytes_limit=self._config.kv_cache_bytes or self._free_bytes(),
             slice_tokens=self._config.slice_tokens,
-            attention=ATTENTION,
+            attention=attention(self._config.device),
             accelerator=torch.cuda.get_device_name() if self._config.device == "cuda" else None,
         )
 

@@ -9,49 +9,51 @@ from __future__ import annotations
 from cluster.admission import check_request
 from cluster.protocol import EngineError, EngineInfo, Request
 from spts.cost import rows_flops
-from spts.kernels.blocks import BLOCK_TOKENS
+from spts.kernels.blocks import BLOCK_TOKENS, MANY_QUERIES, MANY_ROWS
 from spts.methods import Dense, Method, Spts
 from spts.schedule import Schedule, Stage
 
 _BUDGET = 128
-# Slices of more than 1,024 tokens, and more candidates than 32,768, go other ways (`spts.kernels`).
-_SLICED_TOKENS = 20 * BLOCK_TOKENS
-_MANY_TOKENS = 258 * BLOCK_TOKENS
+_SLICED_TOKENS = 2 * (MANY_QUERIES + BLOCK_TOKENS)
 
 
-def prefills(info: EngineInfo, max_running: int) -> list[tuple[Request, int | None]]:
-    """Requests, and the FLOP to compute of each at once (None = all).
+def prompts(info: EngineInfo) -> list[tuple[Request, int | None]]:
+    """Prompts to read one after the other, and the FLOP to compute of each at once (None = all).
 
-    One token, dense. On a GPU as many requests as may run at once, among them a prompt in two slices a layer
-    and some that skip: kernels are compiled for lengths that are multiples of 16 and for others. Those that
-    the model has no room for are left out.
+    One token, dense. On a GPU also a prompt in slices and some that skip, one of them long and one with
+    sparse attention; what the model has no room for is left out.
     """
-    whole, half = info.slice_flops, rows_flops(info.shape, 0, _SLICED_TOKENS // 2)
-    asked: list[tuple[Method, int, int | None]] = [(Dense(), 1, whole)]
+    asked: list[tuple[Method, int, int | None]] = [(Dense(), 1, info.slice_flops)]
     if info.device != "cpu":
-        skipping = [(method, num_tokens, whole) for method, num_tokens in _skipping(info)]
-        asked = [(Dense(), _SLICED_TOKENS, half), *skipping, *asked * max_running]
+        half = _SLICED_TOKENS // 2
+        asked.append((Dense(), _SLICED_TOKENS, rows_flops(info.shape, half, half)))
+        asked += [(method, num_tokens, info.slice_flops) for method, num_tokens in _skipping(info)]
     sent = [
-        (
-            Request(
-                request_id=f"warm-up-{number}",
-                token_ids=(0,) * num_tokens,
-                method=method,
-                max_new_tokens=1 + len(batches(info, max_running)),
-                ignore_eos=True,
-            ),
-            flops,
-        )
+        (_request(number, method, num_tokens, 1), flops)
         for number, (method, num_tokens, flops) in enumerate(asked)
     ]
-    return [(request, flops) for request, flops in sent if _fits(request, info)][:max_running]
+    return [(request, flops) for request, flops in sent if _fits(request, info)]
 
 
-def batches(info: EngineInfo, num_requests: int) -> list[int]:
-    """How many requests decode at once, step by step: on a GPU 1, 2, 4, ..., all of them; else none do."""
+def answers(info: EngineInfo, max_running: int) -> tuple[list[Request], list[int]]:
+    """Requests of one token to hold together, and how many of them decode at once, step by step: on a GPU 1,
+    2, 4, ..., as many as may run and have room; else none do."""
     if info.device == "cpu":
-        return []
-    return [*(1 << power for power in range((num_requests - 1).bit_length())), num_requests]
+        return [], []
+    sizes = [*(1 << power for power in range((max_running - 1).bit_length())), max_running]
+    request = _request(0, Dense(), 1, 1 + len(sizes))
+    if not _fits(request, info):
+        return [], []
+    return [_request(number, Dense(), 1, 1 + len(sizes)) for number in range(max_running)], sizes
+
+
+def _request(number: int, method: Method, num_tokens: int, max_new_tokens: int) -> Request:
+    return Request(
+        request_id=f"warm-up-{number}",
+        token_ids=(0,) * num_tokens,
+        method=method,
+        max_new_tokens=max_new_tokens,
+    )
 
 
 def _fits(request: Request, info: EngineInfo) -> bool:
@@ -79,5 +81,5 @@ def _skipping(info: EngineInfo) -> list[tuple[Method, int]]:
             ),
             num_tokens,
         )
-        for density, num_tokens in ((1.0, 512), (0.5, 500), (1.0, _MANY_TOKENS))
+        for density, num_tokens in ((1.0, 512), (0.5, 512), (1.0, MANY_ROWS + BLOCK_TOKENS))
     ]

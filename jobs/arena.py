@@ -87,7 +87,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         random_proxies,
     )
     from spts import loading
-    from spts.kernels.reference import ATTENTION
+    from spts.kernels import dispatch
     from spts.model import SptsModel
 
     if args.tensor_parallel_size != 1:
@@ -138,7 +138,9 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         size = proxies.shape
         origin = "fitted"
     model = SptsModel(hf_model, fingerprint=fingerprint, proxies=proxies)
-    backends = backends_present(model) if "every" in args.backends else args.backends
+    backends = [name for name in args.backends if name != "every"]
+    if "every" in args.backends:
+        backends += [name for name in backends_present(model) if name not in backends]
     yield Arena(
         shape=model.shape,
         max_context=model.max_context,
@@ -147,7 +149,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
             **_about(name, model.shape, args),
             "hardware": machine(device),
             "proxies": f"{origin}, {size.channels} channels, rank {size.rank}",
-            "attention": f"ours: {ATTENTION}; transformers: {attention}",
+            "attention": f"ours: {dispatch.attention(device.type)}; transformers: {attention}",
         },
         enter=lambda name, method: Own(model, method, name=name),
         rivals=(

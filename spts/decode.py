@@ -74,7 +74,8 @@ def captured(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
 
 
 class DecodeGraphs:
-    """The decode step of one model on one GPU, captured once for 1, 2, 4, 8, … requests.
+    """The decode step of a model or of a rank's part of one, on one GPU, captured once for 1, 2, 4, 8, …
+    requests.
 
     The first step of a size runs as it is, then is captured, then replayed: thrice the same values are
     written to the same rows. All sizes share their memory, since only one runs at a time.

@@ -93,7 +93,9 @@ class _Sizes:
         """Of a layer that chooses: the probe's input and keys stay until its end. kept_bytes: of the stream
         that it leaves behind."""
         candidates = work.candidates
-        held = candidates * (4 * _INDEX_BYTES + 4 * _FLOAT_BYTES)  # scores, sorted
+        held = candidates * (
+            4 * _INDEX_BYTES + 4 * _FLOAT_BYTES
+        )  # scores, and what choosing among them takes
         probing = scoring = 0
         if work.probed:
             held += candidates * (self._width + self._keys)

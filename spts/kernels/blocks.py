@@ -1,4 +1,5 @@
-"""How many blocks of keys a block of queries reads in sparse causal attention.
+"""How many blocks of keys a block of queries reads in sparse causal attention, and from which sizes on other
+kernels take over.
 
 Counts only, by position and density alone: so work and memory are known before a prompt runs. Which blocks
 they are depends on the content (`spts.kernels.reference.sparse_attention`). Standard library only.
@@ -11,6 +12,8 @@ from functools import lru_cache
 BLOCK_TOKENS = 128
 ALWAYS = 3  # blocks read at any density: the first, the one before the queries' own, and their own
 SHARES = 1 << 16
+MANY_QUERIES = 1024  # of a slice, from which on blocks of them fill a GPU (`spts.kernels.causal_attention`)
+MANY_ROWS = 32768  # more candidates are chosen among by plain torch (`spts.kernels.top_rows`)
 
 
 def share_of(density: float) -> int:

@@ -1,4 +1,5 @@
-"""Causal attention through torch, at lengths that its fastest backend has seen before.
+"""Causal attention through torch, at lengths that its fastest backend has seen before; slices of a prefill,
+for which that one is not made, by blocks (`block_attention`).
 
 cuDNN builds a plan for every new shape; on an H200 that takes 40 ms, more than a layer of 32,768 tokens. With
 lengths rounded up a server meets few of them. Rows added at the end are later than every real one: none sees
@@ -14,11 +15,10 @@ from torch.nn import functional as F
 
 from spts.kernels import reference
 from spts.kernels.block_attention import HEAD_SIZES, Tiling, attend_blocks
-from spts.kernels.blocks import BLOCK_TOKENS
+from spts.kernels.blocks import BLOCK_TOKENS, MANY_QUERIES
 from spts.kernels.checks import HALF_AND_FLOAT, require, require_groups, sizes
 
 _MULTIPLE = 256
-_BY_BLOCKS = 1024  # queries, from which on blocks of them fill a GPU
 
 
 def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
@@ -50,7 +50,7 @@ def _by_blocks(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor) -> bool:
     FlashAttention-2, which reaches 340 TFLOP/s where ours reaches 500 (H100)."""
     num_queries, _, head_dim = q_MHd.shape
     return (
-        num_queries >= _BY_BLOCKS
+        num_queries >= MANY_QUERIES
         and (k_LKd.shape[0] - num_queries) % BLOCK_TOKENS == 0
         and head_dim in HEAD_SIZES
         and Tiling.of(q_MHd).keys == 64

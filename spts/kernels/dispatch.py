@@ -42,6 +42,13 @@ def _by_device(plain: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Re
     return run
 
 
+def attention(device: str) -> str:
+    """What computes attention on a device, "cpu" or "cuda", for records."""
+    if device == "cpu":
+        return reference.ATTENTION
+    return f"{reference.ATTENTION}; kernels of spts for slices, chosen blocks and decode steps"
+
+
 rms_norm = _by_device(reference.rms_norm)
 rotate_in_place = _by_device(reference.rotate_in_place)
 top_rows = _by_device(reference.top_rows)

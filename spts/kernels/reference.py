@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from spts.kernels.blocks import BLOCK_TOKENS, blocks_read, check_blocks
 
 ATTENTION = "torch scaled_dot_product_attention"
-"""What computes attention on every device, for records; torch chooses among its backends by itself."""
+"""What computes attention here, for records; torch chooses among its backends by itself."""
 
 _QUERY_BLOCK = 1024
 _ROWS = 512  # at once, so that what is between the steps stays in a core's cache

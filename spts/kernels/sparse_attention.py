@@ -20,7 +20,6 @@ from spts.kernels.block_attention import HEAD_SIZES, LOG2_E, attend_blocks, bloc
 from spts.kernels.blocks import ALWAYS, BLOCK_TOKENS, SHARES, blocks_read, check_blocks, share_of
 from spts.kernels.checks import (
     HALF_AND_FLOAT,
-    power_of_two,
     require,
     require_groups,
     sizes,
@@ -29,6 +28,15 @@ from spts.kernels.checks import (
 
 _MOST_KEYS = 1 << 21  # one program chooses among all blocks of a row
 _BLOCK_R = 64  # means of queries at once
+
+
+def _widest(num_blocks: int) -> int:
+    """A power of four, at least 256, that is no less: prompts up to 32,768 tokens, up to four times as many,
+    and so on, each have a kernel of their own. 256, 256, 1024 for 1, 256, 257."""
+    wide = 256
+    while wide < num_blocks:
+        wide *= 4
+    return wide
 
 
 @triton.jit(do_not_specialize=["first", "R", "C", "G"])
@@ -95,18 +103,18 @@ def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, 
     require("q_MHd", q_MHd, shape=(num_queries, num_heads, head_dim), like=q_MHd, dtypes=HALF_AND_FLOAT)
     for name, x_LKd in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
         require(name, x_LKd, shape=(num_keys, num_kv_heads, head_dim), like=q_MHd)
-    for name, x in (("q_MHd", q_MHd), ("k_LKd", k_LKd), ("v_LKd", v_LKd)):
-        if x.data_ptr() % 16:
-            raise ValueError(
-                f"{name} must begin at an address divisible by 16, as a descriptor does, "
-                f"got {x.data_ptr() % 16} more; copy it"
-            )
     require_groups("q_MHd", num_heads, "k_LKd", num_kv_heads)
     check_blocks(num_queries, num_keys, density)
     if head_dim not in HEAD_SIZES or num_keys > _MOST_KEYS:
         reason = f"more than {_MOST_KEYS} keys" if head_dim in HEAD_SIZES else f"heads of {head_dim}"
         warn_reference("sparse_attention", reason)
         return reference.sparse_attention(q_MHd, k_LKd, v_LKd, scale, density)
+    for name, x in (("k_LKd", k_LKd), ("v_LKd", v_LKd)):
+        if x.data_ptr() % 16:
+            raise ValueError(
+                f"{name} must begin at an address divisible by 16, as a descriptor does, "
+                f"got {x.data_ptr() % 16} more; copy it"
+            )
     return attend_blocks(q_MHd, k_LKd, v_LKd, scale, density, choose_blocks(q_MHd, k_LKd, scale, density))
 
 
@@ -125,7 +133,7 @@ def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) ->
             q_RHd, k_LKd, scores_HRC, scale * LOG2_E, first, rows, blocks, num_heads // k_LKd.shape[1],
             head_dim, BLOCK_TOKENS, _BLOCK_R, num_warps=4,
         )  # fmt: skip
-    wide = power_of_two(first + rows)
+    wide = _widest(first + rows)
     _choose_blocks[(num_heads * rows,)](
         scores_HRC, chosen_HRS, first, share_of(density), rows, blocks, most, ALWAYS, SHARES, wide,
         num_warps=min(max(wide // 256, 1), 16),

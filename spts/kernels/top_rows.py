@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from spts.kernels import reference
+from spts.kernels.blocks import MANY_ROWS
 from spts.kernels.checks import require, sizes
 
 _BLOCK_T = 8192
-_MOST = 32768  # One program reads them all five times: with more, torch's sort is faster.
 
 
 @triton.jit
@@ -80,7 +80,8 @@ def _top_rows(scores, kept, has_nan, T, num_ranked, num_wanted, BLOCK_T: tl.cons
 
 
 def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) -> Tensor:
-    """As `reference.top_rows`, for float32 scores; more than 32,768 candidates are sorted there.
+    """As `reference.top_rows`, for float32 scores; more than MANY_ROWS candidates run there:
+    one program reads all of them five times.
 
     Raises ValueError naming an argument of wrong shape, dtype, strides, device, or a number out of range.
     """
@@ -92,7 +93,7 @@ def top_rows(scores_T: Tensor, num_kept: int, num_recent: int, has_nan: Tensor) 
             "num_recent, num_kept and the candidates must ascend from 1 and stay below 2^31, "
             f"got {num_recent}, {num_kept} and {num_candidates}; correct the call"
         )
-    if num_candidates > _MOST:
+    if num_candidates > MANY_ROWS:
         return reference.top_rows(scores_T, num_kept, num_recent, has_nan)
     kept_M = torch.empty(num_kept, dtype=torch.int64, device=scores_T.device)
     _top_rows[(1,)](

@@ -14,7 +14,7 @@ import pytest
 from cluster import warm_up
 from cluster.admission import demand
 from cluster.config import EngineConfig
-from cluster.protocol import Agreement, Chunk, EngineError, Request, Step
+from cluster.protocol import Agreement, Chunk, EngineError, Request
 from spts import cost
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -499,36 +499,39 @@ async def test_ranks_that_start_again_are_ready_once_they_have_made_a_token():
 
 async def test_on_a_gpu_every_size_of_batch_has_run_before_the_first_request():
     async with started(device="cuda", max_running=6) as engine:
-        *steps, last = engine.group.steps
-        prompts = [step.start for step in steps if step.start is not None]
+        steps = engine.group.steps
         assert [len(step.decode) for step in steps if step.decode] == [1, 2, 4, 6]
-        assert last == Step(release=tuple(each.request_id for each in prompts))
-        assert len(prompts) == 6
+        assert len(steps[-1].release) == 6
         assert engine.group.ranks[0].num_cached == 0
         assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
 
 
 def test_prompts_in_slices_and_prompts_that_skip_are_warmed_up_with_where_there_is_room():
-    config = EngineConfig(model="fake", device="cuda")
-    roomy = replace(info(config), max_context=40_000)
+    roomy = replace(info(EngineConfig(model="fake", device="cuda")), max_context=40_000)
 
-    def prompts(known, max_running=6):
-        return [
-            (sent.method.name, len(sent.token_ids), flops is known.slice_flops or flops == known.slice_flops)
-            for sent, flops in warm_up.prefills(known, max_running)
-        ]
+    def read(known):
+        return [(sent.method.name, len(sent.token_ids)) for sent, _ in warm_up.prompts(known)]
 
-    one = ("dense", 1, True)
-    skipping = [("spts", 512, True), ("spts", 500, True), ("spts", 33_024, True)]
-    assert prompts(roomy) == [("dense", 2560, False), *skipping, one, one]
-    assert prompts(roomy, 1) == [("dense", 2560, False)]
-    assert prompts(replace(roomy, first_proxy_layer=None)) == [("dense", 2560, False), *[one] * 5]
-    assert prompts(replace(roomy, first_proxy_layer=6)) == [("dense", 2560, False), *[one] * 5]
-    assert prompts(replace(roomy, max_context=1000)) == [*skipping[:2], *[one] * 4]
-    assert prompts(replace(roomy, kv_bytes_limit=300_000)) == [one] * 6
-    assert prompts(replace(roomy, device="cpu")) == [one]
-    _, sparse = (sent.method.schedule_for(6) for sent, _ in warm_up.prefills(roomy, 3)[1:])
-    assert sparse.attention_density < 1
+    one, sliced = ("dense", 1), ("dense", 2304)
+    assert read(roomy) == [one, sliced, ("spts", 512), ("spts", 512), ("spts", 32_896)]
+    assert read(replace(roomy, first_proxy_layer=None)) == [one, sliced]
+    assert read(replace(roomy, first_proxy_layer=6)) == [one, sliced]
+    assert read(replace(roomy, max_context=1000)) == [one, ("spts", 512), ("spts", 512)]
+    assert read(replace(roomy, kv_bytes_limit=300_000)) == [one]
+    assert read(replace(roomy, device="cpu")) == [one]
+    _, _, whole, sparse, _ = (sent.method.schedule_for(6) for sent, _ in warm_up.prompts(roomy))
+    assert (whole.attention_density, sparse.attention_density < 1) == (1, True)
+    (_, flops) = warm_up.prompts(roomy)[1]
+    assert flops is not None
+    assert cost.rows_within(SHAPE, 0, 2304, flops) >= 1152, "two slices a layer"
+    assert cost.rows_within(SHAPE, 1152, 1152, flops) == 1152
+
+
+def test_a_model_with_hardly_any_context_is_not_asked_for_batches():
+    known = info(EngineConfig(model="fake", device="cuda", max_model_len=4))
+    assert warm_up.answers(known, 6) == ([], [])
+    assert [len(sent.token_ids) for sent, _ in warm_up.prompts(known)] == [1]
+    assert warm_up.answers(replace(known, max_context=8), 1)[1] == [1]
 
 
 async def test_a_group_that_does_not_come_back_fails_the_engine_and_its_health_check():

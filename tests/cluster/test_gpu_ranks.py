@@ -12,7 +12,9 @@ import torch
 import spts
 from cluster.config import EngineConfig
 from cluster.engine import Engine
+from cluster.group import RayGroup
 from cluster.protocol import Request, Result
+from cluster.shard import Shard
 from spts.methods import Dense, Method, Spts
 from spts.schedule import Schedule
 
@@ -22,11 +24,24 @@ METHODS: list[Method] = [Dense(), Spts(schedule=Schedule.preset("demo-12l", num_
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
-async def answers(config: EngineConfig, asked: list[Request]) -> list[Result]:
-    engine = Engine(config)
+class CountingShard(Shard):
+    """`cluster.shard.Shard` that tells for how many requests decode steps are captured."""
+
+    def captured(self) -> list[int]:
+        graphs = self._loaded._graphs
+        return [] if graphs is None else sorted(graphs._sizes)
+
+
+async def answers(config: EngineConfig, asked: list[Request]) -> tuple[list[Result], list[list[int]]]:
+    """Of an engine, and what its ranks have captured."""
+    import ray
+
+    group = RayGroup(config, CountingShard)
+    engine = Engine(config, group)
     await engine.start()
     try:
-        return await asyncio.gather(*(engine.run(request) for request in asked))
+        found = await asyncio.gather(*(engine.run(request) for request in asked))
+        return found, ray.get([rank.captured.remote() for rank in group._ranks])
     finally:
         await engine.shutdown()
 
@@ -48,7 +63,8 @@ def test_prompts_sent_at_once_are_answered_as_the_library_answers_each(driver, w
     whole = spts.load(MODEL, device="cuda")
     expected = [whole.generate(each.token_ids, each.method, each.max_new_tokens).token_ids for each in asked]
     config = EngineConfig(
-        model=str(MODEL), device="cuda", tensor_parallel_size=world_size, kv_cache_bytes=2**32
+        model=str(MODEL), device="cuda", tensor_parallel_size=world_size, kv_cache_bytes=2**32, max_running=16
     )
-    found = asyncio.run(answers(config, asked))
+    found, captured = asyncio.run(answers(config, asked))
     assert [list(result.token_ids) for result in found] == expected
+    assert captured == [[1, 2, 4, 8, 16]] * world_size

@@ -14,7 +14,7 @@ from spts.kernels.sparse_attention import choose_blocks
 from tests.spts.kernel_inputs import DEVICE, close, draw
 
 STEP = 1 << 30  # elements from row to row: the third begins at 2^31
-NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: four rows are touched, not eight gibibytes
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: three rows are touched, not four gibibytes
 
 
 def far_rows(*shape: int) -> Tensor:

@@ -48,3 +48,4 @@ def test_every_kernel_compiles_for_both_targets():
         assert used["shared_bytes"] <= SHARED_BYTES[name.split()[1]], name
         # Where the compiler cannot let products overlap, each is a group of its own.
         assert used["wgmma"] >= 3 * used["wgmma_groups"], name
+    assert report["block_attention sm_90"]["wgmma"] > 0
