@@ -130,8 +130,8 @@ class Tiling(NamedTuple):
     def on(cls, element_bytes: int, major: int) -> Tiling:
         """On GPUs of a major compute capability.
 
-        From 9 on, in half precision, two programs of four warps share a multiprocessor, though a few registers
-        spill: 500 TFLOP/s on an H100, with eight warps 370; later GPUs were not measured. Before 9 a
-        descriptor's rows come through registers, which hold few of them.
+        From 9 on, in half precision, two programs of four warps share a multiprocessor, though a few
+        registers spill: 500 TFLOP/s on an H100, with eight warps 370; later GPUs were not measured. Before 9
+        a descriptor's rows come through registers, which hold few of them.
         """
         return cls(64, 4) if element_bytes == 2 and major >= 9 else cls(16, 8)
