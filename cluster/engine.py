@@ -316,7 +316,7 @@ class Engine:
         config = self._config
         info = await self._group.start()
         check_context(info)
-        await self._warm_up(info)
+        self._latest = await warm_up.run(self._group, info, config.max_running)
         self._info = info
         self._scheduler = Scheduler(
             shape=info.shape,
@@ -334,37 +334,6 @@ class Engine:
         await self._group.wait_lost()
         self._lost = True
         self._wake.set()
-
-    async def _warm_up(self, info: EngineInfo) -> None:
-        """Answer a few requests, so that what is slow the first time is slow now and "ready" has been seen to
-        be true."""
-        tokens: dict[str, int] = {}
-
-        async def run(step: Step) -> None:
-            output = await self._group.step(step)
-            for _, error in output.refused:
-                raise error
-            tokens.update((token.request_id, token.token_id) for token in output.tokens)
-
-        async def read(request: Request, flops: int | None) -> None:
-            await run(Step(start=request, advance=(request.request_id, flops)))
-            while request.request_id not in tokens:
-                await run(Step(advance=(request.request_id, flops)))
-
-        async def release() -> None:
-            self._latest = await self._group.step(Step(release=tuple(tokens)))
-            tokens.clear()
-
-        for request, flops in warm_up.prompts(info):
-            await read(request, flops)
-            await release()
-        together, sizes = warm_up.answers(info, self._config.max_running)
-        for request in together:
-            await read(request, None)
-        for size in sizes:
-            await run(Step(decode=tuple(tokens.items())[:size]))
-        if together:
-            await release()
 
     async def _restart(self, reason: EngineError) -> None:
         """Fail what is in flight, then start the ranks anew. Raises EngineError after `max_restarts` failed

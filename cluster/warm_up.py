@@ -7,7 +7,8 @@ batch: up to a second each, in which running answers would stand still.
 from __future__ import annotations
 
 from cluster.admission import check_request
-from cluster.protocol import EngineError, EngineInfo, Request
+from cluster.group import Group
+from cluster.protocol import EngineError, EngineInfo, Request, Step, StepOutput
 from spts.cost import rows_flops
 from spts.kernels.blocks import BLOCK_TOKENS, MANY_QUERIES, MANY_ROWS
 from spts.methods import Dense, Method, Spts
@@ -15,6 +16,34 @@ from spts.schedule import Schedule, Stage
 
 _BUDGET = 128
 _SLICED_TOKENS = 2 * (MANY_QUERIES + BLOCK_TOKENS)
+
+
+async def run(group: Group, info: EngineInfo, max_running: int) -> StepOutput:
+    """Answer a few requests, so that what is slow the first time is slow now and "ready" has been seen to be
+    true; the last step's output. Raises EngineError, also for a request that is refused."""
+    latest, tokens = StepOutput(), dict[str, int]()
+
+    async def do(step: Step) -> None:
+        output = await group.step(step)
+        for _, error in output.refused:
+            raise error
+        tokens.update((token.request_id, token.token_id) for token in output.tokens)
+
+    async def read(request: Request, flops: int | None) -> None:
+        await do(Step(start=request, advance=(request.request_id, flops)))
+        while request.request_id not in tokens:
+            await do(Step(advance=(request.request_id, flops)))
+
+    for request, flops in prompts(info):
+        await read(request, flops)
+        latest = await group.step(Step(release=(request.request_id,)))
+        tokens.clear()
+    together, sizes = answers(info, max_running)
+    for request in together:
+        await read(request, None)
+    for size in sizes:
+        await do(Step(decode=tuple(tokens.items())[:size]))
+    return await group.step(Step(release=tuple(tokens))) if together else latest
 
 
 def prompts(info: EngineInfo) -> list[tuple[Request, int | None]]:
