@@ -267,32 +267,39 @@ def check_pools(app: AppConfig) -> None:
     folder = Path(resolve_path(app.model))
     if not (folder / "config.json").is_file():
         return
-    num_layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     for index, pool in enumerate(app.pools):
-        where = f"pools.{index}.method"
-        method = parse_method(pool.method)
-        try:
-            schedule = method.schedule_for(num_layers)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}", field=where) from None
-        if not method.needs_proxies:
-            continue
-        chosen = app.engines[pool.engine].proxies
-        proxies = folder / "proxies" if chosen is None else Path(resolve_path(chosen))
-        if not (proxies / "proxies.json").is_file():
-            raise ConfigError(
-                f"{where}.name must not need proxies on a model without them, got {method.name!r} and no "
-                f"proxies in {proxies}; fit them with python -m jobs.calibrate",
-                field=where,
-            )
-        first = json.loads((proxies / "proxies.json").read_text(encoding="utf-8"))["first_layer"]
-        if schedule.stages and schedule.first_skip_layer < first:
-            raise ConfigError(
-                f"{where}.schedule.first_skip_layer must be at least {first}, the first layer with a proxy "
-                f"in {proxies}, got {schedule.first_skip_layer}; skip later, or fit proxies with "
-                "python -m jobs.calibrate --first-layer",
-                field=where,
-            )
+        proxies = app.engines[pool.engine].proxies
+        check_method(parse_method(pool.method), folder, proxies, where=f"pools.{index}.method")
+
+
+def check_method(method: Method, folder: Path, proxies: str | None = None, *, where: str = "method") -> None:
+    """Raise ConfigError, naming `where`, for a method that cannot run on the model in a folder: a schedule
+    for another depth, no proxies, or none for its first skipping layer.
+
+    proxies: another folder than the model's own.
+    """
+    num_layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    try:
+        schedule = method.schedule_for(num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}", field=where) from None
+    if not method.needs_proxies:
+        return
+    fitted = folder / "proxies" if proxies is None else Path(resolve_path(proxies))
+    if not (fitted / "proxies.json").is_file():
+        raise ConfigError(
+            f"{where}.name must not need proxies on a model without them, got {method.name!r} and no "
+            f"proxies in {fitted}; fit them with python -m jobs.calibrate",
+            field=where,
+        )
+    first = json.loads((fitted / "proxies.json").read_text(encoding="utf-8"))["first_layer"]
+    if schedule.stages and schedule.first_skip_layer < first:
+        raise ConfigError(
+            f"{where}.schedule.first_skip_layer must be at least {first}, the first layer with a proxy "
+            f"in {fitted}, got {schedule.first_skip_layer}; skip later, or fit proxies with "
+            "python -m jobs.calibrate --first-layer",
+            field=where,
+        )
 
 
 def resolve_path(path: str) -> str:

@@ -121,11 +121,7 @@ def local_arena(args: argparse.Namespace) -> Iterator[Arena]:
         ) from None
     bare = SptsModel(hf_model, fingerprint=fingerprint)
     if proxies is None:
-        size = ProxyShape.default(bare.shape)
-        size = ProxyShape(
-            channels=size.channels if args.channels is None else args.channels,
-            rank=size.rank if args.rank is None else args.rank,
-        )
+        size = proxy_size(bare.shape, channels=args.channels, rank=args.rank)
         proxies = random_proxies(bare.shape, size, first_layer=0, fingerprint=fingerprint)
         origin = "random"
     elif (args.channels, args.rank) != (None, None):
@@ -196,7 +192,7 @@ def engine_arena(args: argparse.Namespace) -> Iterator[Arena]:
             yield Arena(
                 shape=info.shape,
                 max_context=info.max_context,
-                proxy=_fitted_size(Path(resolve_path(args.proxies)) if args.proxies else folder / "proxies"),
+                proxy=fitted_size(Path(resolve_path(args.proxies)) if args.proxies else folder / "proxies"),
                 about={
                     **_about(str(model), info.shape, args),
                     "hardware": machine(),
@@ -240,7 +236,17 @@ def named_shape(name: str) -> ModelShape:
     return SHAPES[name]
 
 
-def _fitted_size(folder: Path) -> ProxyShape | None:
+def proxy_size(shape: ModelShape, *, channels: int | None, rank: int | None) -> ProxyShape:
+    """The size of random proxies; None = the paper's proportions. Raises ConfigError for one below 1."""
+    size = ProxyShape.default(shape)
+    return ProxyShape(
+        channels=size.channels if channels is None else channels,
+        rank=size.rank if rank is None else rank,
+    )
+
+
+def fitted_size(folder: Path) -> ProxyShape | None:
+    """The size of the proxies in a folder, None where there are none."""
     manifest = folder / "proxies.json"
     if not manifest.is_file():
         return None
