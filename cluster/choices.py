@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from cluster.answers import Answer, Piece, Unpredicted, Usage
 from cluster.api import GenerationBody
 from cluster.metrics import ChoiceClock, Metrics
-from cluster.protocol import Chunk, FinishReason, Request, too_late
+from cluster.protocol import Chunk, EngineError, FinishReason, Request, too_late
 from cluster.tokenizer import TextStream, TextTokenizer
 from spts.sampling import TokenLogprobs
 
@@ -73,6 +73,10 @@ async def pieces(job: Job, tokenizer: TextTokenizer, metrics: Metrics) -> AsyncG
         while (piece := await out.get()) is not None:
             yield piece
         await everyone
+        if not all(clock.ended for clock in clocks):
+            # An engine's call was cancelled beneath its choice, mostly since the client leaves: a task group
+            # takes that for an end.
+            raise EngineError("unavailable", "the answer was cancelled before its end; retry later")
     except (asyncio.CancelledError, GeneratorExit):  # the client has left
         for clock in clocks:
             clock.abort()

@@ -121,7 +121,7 @@ class ChoiceClock:
         self._method = method
         self._arrived = arrived
         self._sent = self._first = self._latest = 0.0
-        self._ended = False
+        self.ended = False
 
     def send(self) -> None:
         """The choice's own request goes to the engine now; what its echo took is not its prefill."""
@@ -152,9 +152,9 @@ class ChoiceClock:
         metrics.e2e_latency.labels(self._method).observe(self._latest - self._arrived)
         metrics.decode_time.labels(self._method).observe(self._latest - self._first)
         metrics.success.labels(self._method, reason).inc()
-        self._ended = True
+        self.ended = True
 
     def abort(self) -> None:
         """The client has left; counted if the answer had not ended. The name of the reason is vLLM's."""
-        if not self._ended:
+        if not self.ended:
             self._metrics.success.labels(self._method, "abort").inc()

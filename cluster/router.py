@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -278,6 +279,8 @@ class Router:
         return error_response(self._count(error, _id(http), begun=begun))
 
     def _count(self, error: Exception, request_id: str, *, begun: bool) -> ApiError:
+        if isinstance(error, TaskCancelledError):  # Serve's receive, of a client that has left
+            error = ApiError("invalid_request", "answer must be waited for, got a client that left")
         known = as_api_error(error, request_id)
         self._metrics.fail(known.kind, begun=begun)
         if known.kind == "internal":

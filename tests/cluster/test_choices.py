@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from ray.exceptions import TaskCancelledError
 
 from tests.cluster.endpoint import CHAT, COMPLETIONS, chat, completion, endpoint, error_of, events
 from tests.fakes import EOS
@@ -72,3 +75,46 @@ async def test_null_is_as_good_as_nothing(folder):
     body = chat(**dict.fromkeys((*fields, "logprobs", "top_logprobs", "ignore_eos", "spts", "tools")))
     async with endpoint(folder) as (client, _):
         assert (await client.post(CHAT, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_whose_call_is_cancelled_beneath_it_is_no_end(
+    folder, monkeypatch, stream, num_chunks
+):
+    """As Ray does while a client leaves: asyncio takes a cancelled child for one that has ended."""
+    async with endpoint(folder) as (client, fake):
+        generate = fake.generate
+
+        async def cancelled(request):
+            async for chunk in generate(request):
+                if chunk.prefilled is None or num_chunks == 0:
+                    raise asyncio.CancelledError
+                yield chunk
+
+        monkeypatch.setattr(fake, "generate", cancelled)
+        answer = await client.post(COMPLETIONS, json=completion(stream=stream, n=2, seed=1, temperature=1))
+        metrics = (await client.get("/metrics")).text
+    begun = num_chunks > 0
+    if stream and begun:
+        *_, last = events(answer)
+        error = last["error"]
+    else:
+        assert answer.status_code == 503
+        error = error_of(answer)
+    assert error["code"] == "unavailable"
+    assert 'reason="internal"' not in metrics
+
+
+async def test_a_client_that_serve_says_has_left_is_no_bug(folder, monkeypatch):
+    async with endpoint(folder) as (client, fake):
+
+        async def left(request):
+            raise TaskCancelledError
+            yield
+
+        monkeypatch.setattr(fake, "generate", left)
+        answer = await client.post(COMPLETIONS, json=completion())
+        metrics = (await client.get("/metrics")).text
+    assert answer.status_code == 400
+    assert 'reason="internal"' not in metrics
