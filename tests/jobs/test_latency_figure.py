@@ -43,20 +43,19 @@ WHOLE = report(length=4096, parts=True)
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "[]", "{}", '{"rows": []}', "[" * 100_000),
-        *(
-            json.dumps(WHOLE | change)
-            for change in (
-                {"rows": {}},
-                {"rows": [1]},
-                {"rows": [{"method": "spts"}]},
-                {"rows": [{**WHOLE["rows"][0], "length_tokens": "4096"}]},
-                {"parts": None},
-                {"parts": [[]]},
-                {"parts": [{**WHOLE["parts"][0], "seconds": None}]},
-                {"model": 1},
-            )
-        ),
+        "",
+        "[]",
+        "{}",
+        '{"rows": []}',
+        "[" * 100_000,
+        json.dumps({**WHOLE, "rows": {}}),
+        json.dumps({**WHOLE, "rows": [1]}),
+        json.dumps({**WHOLE, "rows": [{"method": "spts"}]}),
+        json.dumps({**WHOLE, "rows": [{**WHOLE["rows"][0], "length_tokens": "4096"}]}),
+        json.dumps({**WHOLE, "parts": None}),
+        json.dumps({**WHOLE, "parts": [[]]}),
+        json.dumps({**WHOLE, "parts": [{**WHOLE["parts"][0], "seconds": None}]}),
+        json.dumps({**WHOLE, "model": 1}),
     ],
 )
 def test_what_is_no_report_is_refused_by_name(tmp_path, text, capsys):
