@@ -14,7 +14,7 @@ from jobs.decoding import room_tokens
 from jobs.provenance import hardware, versions
 from jobs.timing import Contestant
 from spts.cost import ModelShape, ProxyShape
-from spts.errors import ConfigError
+from spts.errors import ConfigError, config_error
 from spts.methods import Dense, Method
 
 if TYPE_CHECKING:
@@ -237,12 +237,21 @@ def named_shape(name: str) -> ModelShape:
 
 
 def proxy_size(shape: ModelShape, *, channels: int | None, rank: int | None) -> ProxyShape:
-    """The size of random proxies; None = the paper's proportions. Raises ConfigError for one below 1."""
-    size = ProxyShape.default(shape)
-    return ProxyShape(
-        channels=size.channels if channels is None else channels,
-        rank=size.rank if rank is None else rank,
+    """The size of random proxies; None = the paper's proportions. Raises ConfigError for one below 1
+    or above what the model has.
+    """
+    default = ProxyShape.default(shape)
+    size = ProxyShape(
+        channels=default.channels if channels is None else channels,
+        rank=default.rank if rank is None else rank,
     )
+    if size.channels > shape.intermediate_size:
+        rule = f"be at most {shape.intermediate_size}, the FFN's inner size"
+        raise config_error("channels", rule, size.channels, "use fewer")
+    if size.rank > shape.hidden_size:
+        rule = f"be at most {shape.hidden_size}, the hidden size"
+        raise config_error("rank", rule, size.rank, "use a lower one")
+    return size
 
 
 def fitted_size(folder: Path) -> ProxyShape | None:

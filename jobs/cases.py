@@ -12,9 +12,9 @@ from math import nextafter
 from jobs.options import read_schedule
 from spts import memory
 from spts.cost import ModelShape, ProxyShape, kv_bytes, pairs_share, prefill_flops
-from spts.errors import ConfigError
+from spts.errors import ConfigError, config_error
 from spts.methods import Dense, Method, Random, Recency, Spts
-from spts.schedule import Schedule
+from spts.schedule import PRESETS, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,13 @@ def plan(
     "pap" and "pap+ltp" are the paper's steps towards its method: the first stage's budget in all deep layers
     and no cut, with every token in the FFN and then with the proxies' choice there.
 
-    Raises ConfigError for an unknown method or schedule.
+    Raises ConfigError for an unknown method or schedule, "pap" or "pap+ltp" of a schedule without stages, a
+    density that is none or has the name of another.
     """
     if published:
+        if schedule not in PRESETS:
+            rule = f"be a preset's name ({', '.join(PRESETS)}) with --published"
+            raise config_error("schedule", rule, repr(schedule), "choose one, or leave --published out")
         wanted = Schedule.preset(schedule)
     else:
         wanted = read_schedule(schedule, num_layers=shape.num_layers, num_tokens=length)
@@ -104,10 +108,19 @@ def plan(
                 f"methods must be of {', '.join(makers)}, got {name!r}; dense is always timed",
                 field="methods",
             )
+    uncut = [name for name in names if name in ("pap", "pap+ltp")]
+    if uncut and not wanted.stages:
+        rule = "not have pap or pap+ltp with a schedule that skips in no layer"
+        raise config_error("methods", rule, ", ".join(uncut), "leave them out")
     methods: dict[str, Method] = {"dense": Dense(), **{name: makers[name]() for name in names}}
     for density in densities:
+        if not 0 < density <= 1:
+            raise config_error("density", "be above 0 and at most 1", density, "correct it")
+        name = f"spts, density {density:g}"
+        if name in methods:
+            raise config_error("density", "have each share once", f"{density:g} again", "leave it out")
         sparse = replace(wanted, attention_density=density)
-        methods[f"spts, density {density:g}"] = Spts(schedule=sparse)
+        methods[name] = Spts(schedule=sparse)
     work = {name: method.planned_work(shape.num_layers, length) for name, method in methods.items()}
     return Case(
         length=length,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 
 from jobs.arena import machine, named_shape
+from jobs.contestants import check_device
 from jobs.kernel_cases import Case, cases
+from jobs.options import interruptible
 from jobs.provenance import versions
-from spts.errors import ConfigError, SptsError, require_int
+from spts.errors import ConfigError, SptsError, config_error, require_int
 from spts.kernels import dispatch, reference
 
 _TOLERANCE = 1e-2  # bfloat16, ‖out - reference‖ / ‖reference‖
@@ -46,8 +49,9 @@ class Row:
     kernel_flop_per_s: float | None
 
 
+@interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 when a kernel is wrong, 2 for refused input."""
+    """Exit status: 0 done, 1 when a kernel is wrong, 2 for refused input, 130 Ctrl-C."""
     args = argparse.ArgumentParser(prog="python -m jobs.kernels", description=(__doc__ or "").split("\n")[0])
     args.add_argument("--shape", default="llama-3.1-8b", help="a shape of jobs.latency")
     args.add_argument("--tokens", type=int, nargs="+", default=[32768], help="candidates T")
@@ -58,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.add_argument("--eager-only", action="store_true", help="leave torch.compile out")
     chosen = args.parse_args(argv)
     try:
+        device = check_device(chosen.device)
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            rule = "be cuda unless TRITON_INTERPRET=1 is set"
+            raise config_error("device", rule, repr(chosen.device), "set it to check without a GPU")
         shape = named_shape(chosen.shape)
         require_int("repeats", chosen.repeats, minimum=1)
         if len(chosen.tokens) != len(chosen.active):
@@ -94,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    about = {"shape": chosen.shape, "hardware": machine(torch.device(chosen.device))}
+    about = {"shape": chosen.shape, "hardware": machine(device)}
     print(
         json.dumps(
             {

@@ -23,7 +23,8 @@ from cluster.protocol import EngineError
 from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
 from jobs.cases import Case, plan
 from jobs.decoding import DecodeRow, decode_rows, decode_table, room_tokens
-from jobs.options import describe_schedule, write_json
+from jobs.lines import DiskError
+from jobs.options import describe_schedule, interruptible, writable_file, write_json
 from jobs.provenance import versions
 from jobs.timing import Part, Row, measure, parts_table, table, work_faults
 from spts.errors import ConfigError, SptsError, require_int
@@ -201,8 +202,9 @@ def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
         )
 
 
+@interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 when a result is wrong (nothing is timed then), 2 for refused input."""
+    """Exit status: 0 done, 1 for a wrong result (nothing is timed then), 2 for refused input, 130 Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         for field, minimum in (("repeats", 1), ("tokens_out", 1), ("threads", 1)):
@@ -216,9 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{field} must be left out with --shape, got {getattr(args, field)}; give one",
                     field=field,
                 )
+        if args.out is not None:
+            writable_file(args.out)
         with local_arena(args) if args.local else engine_arena(args) as arena:
             race(args, arena)
-    except (SptsError, EngineError) as error:
+    except (SptsError, EngineError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except GateError as error:

@@ -9,11 +9,16 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-from spts.errors import ConfigError
+from jobs.lines import DiskError
+from jobs.options import writable_file
+from jobs.record import write_file
+from spts.errors import ConfigError, config_error
 
 _INK, _FAINT, _GRID = "#39424e", "#7b8794", "#e6eaee"
 _LINES = {
@@ -41,22 +46,32 @@ _KINDS = {
     "scatter": ("choosing tokens", "#d55e00"),
 }
 _REST = ("all else", "#c5ccd3")
+# What is read of each row and part of a report.
+_KEYS: Mapping[str, Mapping[str, type | UnionType]] = {
+    "rows": {
+        "method": str,
+        "length_tokens": int,
+        "speedup_vs_fastest_dense_ratio": int | float,
+        "predicted_speedup_ratio": int | float,
+    },
+    "parts": {"method": str, "length_tokens": int, "part": str, "seconds": int | float},
+}
 
 
 def draw(reports: Sequence[Mapping[str, Any]], path: Path, *, length: int) -> None:
     """Writes the figure: speed-up over the fastest dense by prompt length, beside the FLOP ratio; the time of
     one prefill of `length` tokens by kind of operation.
 
-    Raises ConfigError when no report has parts for that length.
+    Raises ConfigError when no report has parts for that length, DiskError.
     """
     from matplotlib.figure import Figure
 
     rows = sorted((row for each in reports for row in each["rows"]), key=lambda row: row["length_tokens"])
     parts = [part for each in reports for part in each["parts"] if part["length_tokens"] == length]
     if not parts:
-        raise ConfigError(
-            f"length must be one that was run with --parts, got {length}; choose another", field="length"
-        )
+        run = sorted({part["length_tokens"] for each in reports for part in each["parts"]})
+        remedy = f"choose from {', '.join(map(str, run))}" if run else "run jobs.latency with --parts"
+        raise config_error("length", "be one that was run with --parts", length, remedy)
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     sparse = sorted({row["method"] for row in rows if row["method"].startswith(_SPARSE)}, reverse=True)
@@ -70,7 +85,9 @@ def draw(reports: Sequence[Mapping[str, Any]], path: Path, *, length: int) -> No
         axes.tick_params(colors=_INK)
     about = reports[0]
     figure.suptitle(f"{about['model'].split(':')[0]}; {about['hardware'].split(',')[0]}", fontsize=10)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+    write_file(path, png.getvalue())
 
 
 def _ratios(axes: Any, rows: Sequence[Mapping[str, Any]], sparse: Sequence[str]) -> None:
@@ -125,15 +142,18 @@ def _times(axes: Any, parts: Sequence[Mapping[str, Any]], sparse: Sequence[str])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 for a file that is not there or is no report."""
+    """Exit status: 0 done, 2 for a file that is not there, is no report or cannot be written."""
     args = argparse.ArgumentParser(prog="python -m jobs.latency_figure", description=__doc__.split("\n")[0])
     args.add_argument("reports", type=Path, nargs="+", help="files that jobs.latency --out wrote")
     args.add_argument("--out", type=Path, required=True, help="the PNG to write")
     args.add_argument("--length", type=int, default=32768, help="the prompt whose parts are drawn")
     chosen = args.parse_args(argv)
     try:
+        if chosen.out.suffix.lower() != ".png":
+            raise config_error("out", "be a PNG file", chosen.out, "end its name in .png")
+        writable_file(chosen.out)
         draw([_read(path) for path in chosen.reports], chosen.out, length=chosen.length)
-    except ConfigError as error:
+    except (ConfigError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -142,13 +162,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _read(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        report["rows"], report["parts"], report["model"], report["hardware"]  # are they there?
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for key in ("model", "hardware"):
+            _check(report[key], key, str)
+        for key, kinds in _KEYS.items():
+            _check(report[key], key, list)
+            for each in report[key]:
+                for name, kind in kinds.items():
+                    _check(each[name], name, kind)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"reports must be files of jobs.latency --out, got {path} ({error!r}); choose others",
             field="reports",
         ) from None
     return dict(report)
+
+
+def _check(value: object, name: str, kind: type | UnionType) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r:.60}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the command lines share: a schedule by name or file, a folder to write to, files that appear whole.
+"""What the command lines share: a schedule by name or file, where to write to, files that appear whole, an
+end by Ctrl-C.
 
 Neither Ray nor pydantic: `jobs.latency --local` and `jobs.calibrate` run where only torch and transformers
 are.
@@ -8,14 +9,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from jobs.record import write_file
-from spts.errors import ConfigError, check_keys, require_int
+from spts.errors import ConfigError, check_keys, config_error, require_int
 from spts.schedule import PRESETS, Schedule
+
+P = ParamSpec("P")
+
+
+def interruptible(
+    advice: str = "the same command again starts from the beginning",
+) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """Has a `main` that Ctrl-C interrupts end in one line with `advice` and exit status 130."""
+
+    def decorate(main: Callable[P, int]) -> Callable[P, int]:
+        @wraps(main)
+        def run(*args: P.args, **kwargs: P.kwargs) -> int:
+            try:
+                return main(*args, **kwargs)
+            except KeyboardInterrupt:
+                print(f"interrupted: {advice}", file=sys.stderr)
+                return 130
+
+        return run
+
+    return decorate
 
 
 def read_schedule(choice: str, *, num_layers: int, num_tokens: int) -> Schedule:
@@ -120,6 +144,23 @@ def writable_folder(path: str | os.PathLike[str], *, field: str = "out") -> Path
             field=field,
         ) from None
     return folder
+
+
+def writable_file(path: Path, *, field: str = "out") -> Path:
+    """`path` as a file that `write_file` can write or replace, in a folder that is there. Raises ConfigError
+    about `field`.
+    """
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
+        raise config_error(field, "be a file", f"the folder {path}", "name a file in it")
+    probe = path.with_name(f"{path.name}.new")  # as long a name as write_file needs
+    try:
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        rule = "be a file that can be written, in a folder that is there"
+        raise config_error(field, rule, f"{path} ({reason})", "choose another") from None
+    return path
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

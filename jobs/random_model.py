@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from jobs.arena import SHAPES, named_shape, proxy_size
 from jobs.latency import DTYPE_BYTES
-from jobs.options import writable_folder
+from jobs.options import interruptible, writable_folder
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import SptsError, config_error, require_int
 from spts.schedule import PRESETS, Schedule
 
 
+@interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 for refused input."""
+    """Exit status: 0 done, 2 for refused input, 130 Ctrl-C."""
     args = argparse.ArgumentParser(prog="python -m jobs.random_model", description=__doc__.split("\n")[0])
     args.add_argument("--shape", required=True, help=", ".join(SHAPES))
     args.add_argument("--max-tokens", type=int, required=True, help="context: prompt and answer together")
@@ -47,18 +50,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(
     shape: ModelShape, size: ProxyShape, max_tokens: int, dtype: str, device: str, out: str
 ) -> dict[str, object]:
-    """Fills the folder; returns what is in it. Proxies begin at the first layer in which any preset, scaled
-    to the depth, skips.
+    """Fills the folder; returns what is in it. A failure takes the folder away again.
 
     Raises ConfigError for a device that is not there, a folder that cannot be written or is not empty.
     """
-    from jobs.contestants import check_device, random_model, random_proxies
-    from spts import loading
+    from jobs.contestants import check_device
 
     check_device(device)
     folder = writable_folder(out)
     if any(folder.iterdir()):
         raise config_error("out", "be a folder that is empty", folder, "choose another")
+    try:
+        return _fill(folder, shape, size, max_tokens, dtype, device)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fill(
+    folder: Path, shape: ModelShape, size: ProxyShape, max_tokens: int, dtype: str, device: str
+) -> dict[str, object]:
+    """Proxies begin at the first layer in which any preset, scaled to the depth, skips."""
+    from jobs.contestants import random_model, random_proxies
+    from spts import loading
+
     random_model(shape, max_tokens=max_tokens, dtype=dtype, device=device).save_pretrained(folder)
     first_layer = min(Schedule.preset(name, num_layers=shape.num_layers).first_skip_layer for name in PRESETS)
     identity = loading.fingerprint(folder)

@@ -31,7 +31,7 @@ from jobs.aligned import aligned
 from jobs.arena import fitted_size, machine
 from jobs.latency import DTYPE_BYTES
 from jobs.load.summary import spread
-from jobs.options import describe_schedule, read_schedule
+from jobs.options import describe_schedule, interruptible, read_schedule
 from spts.cost import ModelShape, speedup
 from spts.errors import SptsError, config_error, require_int
 from spts.methods import Dense, Method, Spts
@@ -232,8 +232,9 @@ def plan(args: argparse.Namespace) -> tuple[EngineConfig, dict[str, Method]]:
     return config, {"dense": Dense(), "spts": spts}
 
 
+@interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 when a token was another one, 2 for refused input."""
+    """Exit status: 0 done, 1 when a token was another one, 2 for refused input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m jobs.stalls", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="jobs/demo_model", help="folder or hub id, with proxies")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -36,6 +36,7 @@ from cluster.protocol import EngineError
 from jobs import forecast, provenance
 from jobs.cells import ModelPlan, plan_models
 from jobs.lines import DiskError
+from jobs.options import interruptible
 from jobs.progress import PromptProgress, SweepProgress, clock_time
 from jobs.prompts import PromptFile, Prompts
 from jobs.record import PlanWriter, check_schema, iterate_rows, locked
@@ -45,6 +46,7 @@ from jobs.work import Fewer, Prepared, prepare
 from spts.errors import SptsError
 
 
+@interruptible("the same command again goes on from here")
 def main(argv: list[str] | None = None) -> int:
     """Runs a sweep.
 
@@ -69,9 +71,6 @@ def main(argv: list[str] | None = None) -> int:
     except (EngineError, EnginesLostError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command again goes on from here", file=sys.stderr)
-        return 130
 
 
 def _main(options: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from cluster.config import EngineConfig
 from cluster.protocol import EngineError
 from jobs.findings import Contest, front_table, preset_file
 from jobs.lines import DiskError
-from jobs.options import describe_schedule
+from jobs.options import describe_schedule, interruptible
 from jobs.pool import Measured, Pool
 from jobs.progress import clock_time
 from jobs.record import content_hash, locked, write_file
@@ -45,6 +45,7 @@ _FINALISTS = 8
 _OTHER_COSTS = (0.5, 0.7, 0.85, 1.05, 1.1, 1.15)
 
 
+@interruptible("the same command again goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a search.
 
@@ -60,9 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EngineError, EnginesLostError, DiskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command again goes on from here", file=sys.stderr)
-        return 130
 
 
 def tune(args: argparse.Namespace, *, command: str) -> int:

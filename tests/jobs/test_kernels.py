@@ -7,6 +7,7 @@ from jobs import arena, kernels
 from jobs.kernel_cases import block_mask
 from spts.cost import ModelShape
 from spts.kernels import dispatch
+from tests.jobs.test_latency import interrupted
 
 TINY = ModelShape(
     num_layers=2,
@@ -63,6 +64,25 @@ def test_flex_attention_is_given_the_blocks_that_the_kernel_reads():
     assert mask.full_kv_num_blocks is not None
     assert mask.full_kv_num_blocks[0].tolist() == [[0, 1, 2], [0, 1, 1]]
     assert mask.kv_indices[0, :, :, 0].tolist() == [[0, 1, 2]] * 2
+
+
+def test_a_device_that_cannot_run_kernels_is_refused_before_anything(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "copy_bandwidth", None)
+    assert run("--device", "zz") == 2
+    assert "error: device must be there, got 'zz'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert kernels.main([]) == 2
+        assert "error: device must be there, got 'cuda'" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert run("--device", "cpu") == 2
+    message = "error: device must be cuda unless TRITON_INTERPRET=1 is set, got 'cpu'"
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "copy_bandwidth", interrupted)
+    assert run() == 130
+    assert capsys.readouterr().err == "interrupted: the same command again starts from the beginning\n"
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):

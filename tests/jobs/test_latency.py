@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def folder(tmp_path_factory) -> Path:
 
 def run_local(*more: str) -> int:
     return latency.main(["--local", "--repeats", "2", "--tokens-out", "3", *more])
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 def last_line(text: str) -> dict:
@@ -184,7 +189,21 @@ def test_one_token_out_has_no_time_per_token(capsys):
     ("args", "message"),
     [
         (["--shape", "no-such"], "shape must be one of"),
-        (["--shape", "tiny", "--density", "0"], "attention_density must be a number above 0 and at most 1"),
+        (["--shape", "tiny", "--density", "0"], "error: density must be above 0 and at most 1, got 0.0"),
+        (["--shape", "tiny", "--density", "nan"], "error: density must be above 0 and at most 1, got nan"),
+        (
+            ["--shape", "tiny", "--density", "0.1", "0.1000000001"],
+            "density must have each share once, got 0.1",
+        ),
+        (
+            ["--shape", "tiny", "--channels", "65"],
+            "channels must be at most 64, the FFN's inner size, got 65",
+        ),
+        (["--shape", "tiny", "--rank", "33"], "rank must be at most 32, the hidden size, got 33"),
+        (
+            ["--shape", "tiny", "--published", "--schedule", "mine.yaml"],
+            "schedule must be a preset's name (llama-3.1-8b",
+        ),
         (["--shape", "tiny", "--model", "x"], "model must be left out with --shape"),
         (["--shape", "tiny", "--proxies", "x"], "proxies must be left out with --shape"),
         (["--shape", "tiny", "--rank", "0"], "rank must be an integer of at least 1, got 0"),
@@ -204,6 +223,44 @@ def test_bad_input_is_refused(args, message, capsys):
     printed = capsys.readouterr()
     assert message in printed.err
     assert "TTFT" not in printed.out
+
+
+@pytest.mark.parametrize("name", [".", "missing/report.json", "file/report.json", "x" * 300])
+def test_a_report_that_cannot_be_written_is_refused_before_a_model_is_made(
+    tmp_path, monkeypatch, capsys, name
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(latency, "local_arena", None)
+    assert run_local("--shape", "tiny", "--out", str(tmp_path / name)) == 2
+    assert "error: out must be a file" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fills_up_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jobs.record.os.fsync", full)
+    out = tmp_path / "report.json"
+    assert run_local("--shape", "tiny", "--lengths", "10", "--repeats", "1", "--out", str(out)) == 2
+    assert f"error: results must be written to {out}, got No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["pap", "pap+ltp"])
+def test_the_papers_steps_need_a_layer_that_skips(tmp_path, capsys, method):
+    path = tmp_path / "schedule.yaml"
+    path.write_text("{num_layers: 8, first_skip_layer: 8, stages: []}")
+    args = ("--shape", "tiny", "--lengths", "20", "--schedule", str(path), "--methods", "spts")
+    assert run_local(*args, method) == 2
+    rule = "methods must not have pap or pap+ltp with a schedule that skips in no layer"
+    assert f"error: {rule}, got {method}; leave them out\n" in capsys.readouterr().err
+    assert run_local(*args) == 0
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(latency, "race", interrupted)
+    assert run_local("--shape", "tiny") == 130
+    assert capsys.readouterr().err == "interrupted: the same command again starts from the beginning\n"
 
 
 def test_lengths_over_the_context_are_refused_before_anything_runs(folder, capsys):

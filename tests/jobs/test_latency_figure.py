@@ -37,7 +37,27 @@ def test_runs_of_several_lengths_become_one_png(tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": []}'])
+WHOLE = report(length=4096, parts=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"rows": []}',
+        "[" * 100_000,
+        json.dumps({**WHOLE, "rows": {}}),
+        json.dumps({**WHOLE, "rows": [1]}),
+        json.dumps({**WHOLE, "rows": [{"method": "spts"}]}),
+        json.dumps({**WHOLE, "rows": [{**WHOLE["rows"][0], "length_tokens": "4096"}]}),
+        json.dumps({**WHOLE, "parts": None}),
+        json.dumps({**WHOLE, "parts": [[]]}),
+        json.dumps({**WHOLE, "parts": [{**WHOLE["parts"][0], "seconds": None}]}),
+        json.dumps({**WHOLE, "model": 1}),
+    ],
+)
 def test_what_is_no_report_is_refused_by_name(tmp_path, text, capsys):
     path = tmp_path / "other.json"
     path.write_text(text)
@@ -45,8 +65,23 @@ def test_what_is_no_report_is_refused_by_name(tmp_path, text, capsys):
     assert f"reports must be files of jobs.latency --out, got {path}" in capsys.readouterr().err
 
 
-def test_a_length_without_parts_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("parts", "remedy"), [(False, "run jobs.latency with --parts"), (True, "choose from 2048, 4096")]
+)
+def test_a_length_without_parts_is_refused(tmp_path, capsys, parts, remedy):
+    files = [tmp_path / "long.json", tmp_path / "short.json"]
+    for path, length in zip(files, (4096, 2048), strict=True):
+        path.write_text(json.dumps(report(length=length, parts=parts)))
+    assert latency_figure.main([*map(str, files), "--out", str(tmp_path / "x.png"), "--length", "512"]) == 2
+    message = f"length must be one that was run with --parts, got 512; {remedy}\n"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x", "x.txt", "x.jpg", "no/x.png", "folder.png"])
+def test_a_figure_that_cannot_be_written_is_refused(tmp_path, capsys, name):
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(report(length=4096, parts=False)))
-    assert latency_figure.main([str(path), "--out", str(tmp_path / "x.png"), "--length", "4096"]) == 2
-    assert "length must be one that was run with --parts, got 4096" in capsys.readouterr().err
+    path.write_text(json.dumps(WHOLE))
+    (tmp_path / "folder.png").mkdir()
+    assert latency_figure.main([str(path), "--out", str(tmp_path / name), "--length", "4096"]) == 2
+    assert "error: out must be a " in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "folder.png"}

@@ -11,7 +11,7 @@ from jobs import arena, random_model
 from spts.cost import ProxyShape
 from spts.methods import Spts
 from spts.schedule import PRESETS, Schedule
-from tests.jobs.test_latency import TINY
+from tests.jobs.test_latency import TINY, interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,8 @@ def test_sizes_that_are_not_given_are_the_papers(tmp_path):
         (["--shape", "no-such"], "shape must be one of"),
         (["--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
         (["--channels", "0"], "channels must be an integer of at least 1, got 0"),
+        (["--channels", "65"], "channels must be at most 64, the FFN's inner size, got 65"),
+        (["--rank", "99999999"], "rank must be at most 32, the hidden size, got 99999999"),
         (["--rank", "-1"], "rank must be an integer of at least 1, got -1"),
         (["--device", "nowhere"], "device must be there, got 'nowhere'"),
     ],
@@ -59,6 +61,15 @@ def test_sizes_that_are_not_given_are_the_papers(tmp_path):
 def test_bad_input_is_refused_before_a_folder_is_made(tmp_path, args, message, capsys):
     assert run("--out", str(tmp_path / "model"), *args) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("step", ["random_model", "random_proxies"])
+def test_ctrl_c_ends_in_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys, step):
+    monkeypatch.setattr(f"jobs.contestants.{step}", interrupted)
+    assert run("--out", str(tmp_path / "model")) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "interrupted: the same command again starts from the beginning"
     assert not (tmp_path / "model").exists()
 
 

@@ -17,7 +17,7 @@ from spts.cost import dense_flops
 from spts.methods import Dense
 from tests import fakes
 from tests.cluster.tiny import CONTEXT
-from tests.jobs.test_latency import TINY
+from tests.jobs.test_latency import TINY, interrupted
 from tests.jobs.test_random_model import tiny_shape  # noqa: F401 - a fixture
 
 
@@ -172,6 +172,12 @@ def test_streams_that_do_not_fit_beside_the_prompt_are_refused(tiny_model, sched
     monkeypatch.setattr("cluster.engine.Engine", Small)
     assert stalls.main(command(tiny_model, "--schedule", str(schedule), "--streams", "20")) == 2
     assert "streams must fit beside the prompt into 3000000 bytes of KV memory" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_one_line(tiny_model, schedule, monkeypatch, capsys):
+    monkeypatch.setattr("jobs.engines.connected", interrupted)
+    assert stalls.main(command(tiny_model, "--schedule", str(schedule))) == 130
+    assert capsys.readouterr().err == "interrupted: the same command again starts from the beginning\n"
 
 
 @pytest.mark.parametrize(("same", "status"), [(True, 0), (False, 1)])
