@@ -203,6 +203,7 @@ def test_a_question_whose_replica_is_full_goes_to_one_that_has_room(served):
 
 
 def test_replicas_follow_the_queue(served):
+    before = {replica["pid"] for replica in served.replicas()}  # full with one request, and still asked
     served.deploy(
         replicas=1,
         autoscaling={
@@ -213,6 +214,7 @@ def test_replicas_follow_the_queue(served):
             "look_back_period_s": 3,
         },
     )
+    wait(lambda: len({replica["pid"] for replica in served.replicas()} - before) == 1, 240)
     wait(lambda: len(served.replicas()) == 1 and is_ready(served.url), 240)
     enough = threading.Event()
 
