@@ -156,7 +156,7 @@ def test_top_rows_of_more_than_one_program_is_fast_for(monkeypatch):
         expected.append(scores_T)
         return scores_T
 
-    monkeypatch.setattr("spts.kernels.top_rows._MOST", 69)
+    monkeypatch.setattr("spts.kernels.top_rows.MANY_ROWS", 69)
     monkeypatch.setattr(reference, "top_rows", sort)
     assert dispatch.kernel("top_rows")(scores_T, 7, 2, flag()) is scores_T
     assert len(expected) == 1
