@@ -136,6 +136,6 @@ def choose_blocks(q_MHd: Tensor, k_LKd: Tensor, scale: float, density: float) ->
     wide = _widest(first + rows)
     _choose_blocks[(num_heads * rows,)](
         scores_HRC, chosen_HRS, first, share_of(density), rows, blocks, most, ALWAYS, SHARES, wide,
-        num_warps=min(max(wide // 256, 1), 16),
+        num_warps=min(wide // 256, 16),
     )  # fmt: skip
     return chosen_HRS
