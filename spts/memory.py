@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spts.cost import LayerWork, ModelShape, ProxyShape, rows_within
-from spts.kernels.blocks import BLOCK_TOKENS, blocks_read
+from spts.kernels.blocks import BLOCK_TOKENS, CACHED_ELEMENTS, blocks_read
 
 _FLOAT_BYTES = 4
 _INDEX_BYTES = 8
@@ -22,7 +22,6 @@ _INDEX_BYTES = 8
 # `spts.kernels`.
 _MASKED_QUERIES = 1024
 _ROUNDED_TO = 256
-_ROWS_AT_ONCE = 512  # of norms and activations on a CPU
 
 
 def request_bytes(
@@ -77,7 +76,7 @@ class _Sizes:
         self._keys = shape.num_kv_heads // world_size * shape.head_dim * dtype_bytes
         self._rotation = 2 * shape.head_dim * dtype_bytes
         self._channels = shape.intermediate_size // world_size * dtype_bytes
-        self._norming = 3 * shape.hidden_size * _FLOAT_BYTES
+        self._hidden_size = shape.hidden_size
         self._proxy = 0 if proxy is None else (3 * proxy.rank + 3 * proxy.channels) * dtype_bytes
         self._dtype_bytes = dtype_bytes
 
@@ -135,9 +134,10 @@ class _Sizes:
 
     def _feed_forward(self, rows: int) -> int:
         """Normed rows, gate, and up or the output; some activations."""
-        some = min(rows, _ROWS_AT_ONCE) * self._channels
+        some = min(rows * self._channels, CACHED_ELEMENTS * self._dtype_bytes)
         return self._normed(rows) + rows * (self._channels + max(self._channels, self._width)) + some
 
     def _normed(self, rows: int) -> int:
-        """The rows, and some in float32."""
-        return rows * self._width + min(rows, _ROWS_AT_ONCE) * self._norming
+        """The rows, and of some the squares in float32; in narrower dtypes these rows and the result too."""
+        copies = 1 if self._dtype_bytes == _FLOAT_BYTES else 3
+        return rows * self._width + copies * _FLOAT_BYTES * min(rows * self._hidden_size, CACHED_ELEMENTS)

@@ -13,6 +13,7 @@ BLOCK_TOKENS = 128
 ALWAYS = 3  # blocks read at any density: the first, the one before the queries' own, and their own
 SHARES = 1 << 16
 MANY_QUERIES = 1024  # of a slice, from which on blocks of them fill a GPU (`spts.kernels.causal_attention`)
+CACHED_ELEMENTS = 1 << 19  # of a tensor that a CPU takes through some steps before it goes on to the next
 MANY_ROWS = 32768  # more candidates are chosen among by plain torch (`spts.kernels.top_rows`)
 
 

@@ -7,7 +7,7 @@ requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from spts.kernels.blocks import BLOCK_TOKENS, blocks_read, check_blocks
+from spts.kernels.blocks import BLOCK_TOKENS, CACHED_ELEMENTS, blocks_read, check_blocks
 
 ATTENTION = "torch scaled_dot_product_attention"
 """What computes attention here, for records; torch chooses among its backends by itself."""
 
 _QUERY_BLOCK = 1024
-_ROWS = 512  # at once, so that what is between the steps stays in a core's cache
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -30,7 +29,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Example: x = [[3, 4]] with weight [1, 2] and eps 0 has a mean square of 12.5 and gives [[0.849, 2.263]].
     """
     out_TD = torch.empty_like(x_TD)
-    for x_RD, out_RD in zip(x_TD.split(_ROWS), out_TD.split(_ROWS), strict=True):
+    for x_RD, out_RD in _in_blocks(x_TD, out_TD):
         x_RD_float = x_RD.float()
         inverse_R1 = torch.rsqrt(x_RD_float.pow(2).mean(-1, keepdim=True) + eps)
         torch.mul(x_RD_float, inverse_R1, out=out_RD).mul_(weight_D)
@@ -44,10 +43,12 @@ def rotate_in_place(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     x = [1, 0] at an angle of 90 degrees (cos [0, 0], sin [1, 1]) becomes [0, 1].
     """
     half = x_THd.shape[-1] // 2
-    crossed_THd = torch.empty_like(x_THd)
-    torch.neg(x_THd[..., half:], out=crossed_THd[..., :half])
-    crossed_THd[..., half:] = x_THd[..., :half]
-    return x_THd.mul_(cos_Td.unsqueeze(1)).add_(crossed_THd.mul_(sin_Td.unsqueeze(1)))
+    for x_RHd, cos_Rd, sin_Rd in _in_blocks(x_THd, cos_Td, sin_Td):
+        crossed_RHd = torch.empty_like(x_RHd)
+        torch.neg(x_RHd[..., half:], out=crossed_RHd[..., :half])
+        crossed_RHd[..., half:] = x_RHd[..., :half]
+        x_RHd.mul_(cos_Rd.unsqueeze(1)).add_(crossed_RHd.mul_(sin_Rd.unsqueeze(1)))
+    return x_THd
 
 
 def last_query_probe(q_Hd: Tensor, k_TKd: Tensor, scale: float) -> Tensor:
@@ -143,9 +144,15 @@ def add_rows_in_place(x_TD: Tensor, index_M: Tensor, delta_MD: Tensor) -> Tensor
 
 def gated_product(gate_MF: Tensor, up_MF: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """`act(gate) * up`, [M, F], written over `gate_MF`."""
-    for gate_RF, up_RF in zip(gate_MF.split(_ROWS), up_MF.split(_ROWS), strict=True):
+    for gate_RF, up_RF in _in_blocks(gate_MF, up_MF):
         torch.mul(activation(gate_RF), up_RF, out=gate_RF)
     return gate_MF
+
+
+def _in_blocks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors by as many rows as are CACHED_ELEMENTS of the first."""
+    rows = max(1, CACHED_ELEMENTS * first.shape[0] // max(1, first.numel()))
+    return zip(*(each.split(rows) for each in (first, *others)), strict=True)
 
 
 def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
@@ -158,6 +165,8 @@ def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) 
     num_queries, num_keys = q_MHd.shape[0], k_LKd.shape[0]
     if num_queries == num_keys:
         return _attention(q_MHd, k_LKd, v_LKd, scale, is_causal=True)
+    if q_MHd.is_cpu:
+        return _attention_in_two(q_MHd, k_LKd, v_LKd, scale)
     # In blocks: where no kernel knows this alignment, torch writes the mask out.
     out_MHd = torch.empty_like(q_MHd)
     for start in range(0, num_queries, _QUERY_BLOCK):
@@ -171,6 +180,34 @@ def causal_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) 
             attn_mask=causal_lower_right(stop - start, seen),
         )
     return out_MHd
+
+
+def _attention_in_two(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float) -> Tensor:
+    """`causal_attention` of M < L queries on a CPU, whose kernel is slow where this alignment takes a mask.
+
+    Once over the keys before the queries' own, which all of them see, and once over their own; each part is
+    weighted with its share of the sum of exp.
+
+    In the first part the query heads that share keys are rows of one head, so that keys are read once.
+    """
+    num_queries, num_kv_heads = q_MHd.shape[0], k_LKd.shape[1]
+    before = k_LKd.shape[0] - num_queries
+    q_KGMd = q_MHd.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    k_KLd, v_KLd = k_LKd.transpose(0, 1), v_LKd.transpose(0, 1)
+    earlier, earlier_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_KGMd.flatten(1, 2)[None], k_KLd[None, :, :before], v_KLd[None, :, :before], scale=scale
+    )
+    own_KGMd, own_lse_KGM = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_KGMd,
+        k_KLd[:, None, before:].expand_as(q_KGMd),
+        v_KLd[:, None, before:].expand_as(q_KGMd),
+        is_causal=True,
+        scale=scale,
+    )
+    earlier_KGMd = earlier[0].view_as(own_KGMd)
+    share_KGM = (earlier_lse.reshape(own_lse_KGM.shape) - own_lse_KGM).sigmoid()
+    out_KGMd = own_KGMd.to(share_KGM.dtype).lerp_(earlier_KGMd.to(share_KGM.dtype), share_KGM[..., None])
+    return out_KGMd.to(q_MHd.dtype).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def sparse_attention(q_MHd: Tensor, k_LKd: Tensor, v_LKd: Tensor, scale: float, density: float) -> Tensor:
@@ -297,6 +334,8 @@ def ragged_attention(
     for row, (keys_CKd, values_CKd) in enumerate(held):
         last = int(table_B3[row, 2])
         keys_CKd[last], values_CKd[last] = k_BKd[row], v_BKd[row]
-        stop = last + 1
-        out_BHd[row] = _attention(q_BHd[row : row + 1], keys_CKd[:stop], values_CKd[:stop], scale)[0]
+        # The query heads that share keys are rows of one head, so that keys are read once.
+        q_MKd = q_BHd[row].unflatten(0, (keys_CKd.shape[1], -1)).transpose(0, 1)
+        out_MKd = _attention(q_MKd, keys_CKd[: last + 1], values_CKd[: last + 1], scale)
+        out_BHd[row] = out_MKd.transpose(0, 1).flatten(0, 1)
     return out_BHd

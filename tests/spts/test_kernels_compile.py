@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of a thread. Attention by blocks needs a few more registers than there are: measured faster than what fits.
-SPILLED_BYTES = {"block_attention sm_90": 160}
+# On sm_80 Triton 3.6 spills, 3.9 does not.
+SPILLED_BYTES = {"block_attention sm_80": 48, "block_attention sm_90": 160}
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of one block, from the CUDA programming guide
 
 
