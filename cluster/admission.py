@@ -4,6 +4,7 @@ the engine."""
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.protocol import EngineError, EngineInfo, ErrorKind, Request
@@ -87,21 +88,25 @@ def demand(request: Request, info: EngineInfo) -> Demand:
     )
 
 
-def check_context(info: EngineInfo) -> None:
+def check_context(info: EngineInfo, methods: Sequence[Method] = ()) -> None:
     """Raise ConfigError, naming the length that would fit, unless one dense request of `info.max_context`
-    tokens does."""
+    tokens does, and one of each of `methods`: what choosing among tokens takes can be more than it saves."""
+    for method in (Dense(), *methods):
+        _check_context(info, method)
 
+
+def _check_context(info: EngineInfo, method: Method) -> None:
     def fits(num_tokens: int) -> bool:
-        return _prompt_bytes(Dense(), max(1, num_tokens - 1), 1, info) <= info.kv_bytes_limit
+        return _prompt_bytes(method, max(1, num_tokens - 1), 1, info) <= info.kv_bytes_limit
 
     if fits(info.max_context):
         return
     longest = bisect_left(range(info.max_context), True, key=lambda num_tokens: not fits(num_tokens)) - 1
     advice = f"set it to at most {longest}, or" if longest >= 2 else "there is no room for any prompt;"
     raise ConfigError(
-        f"max_model_len must be a length of which one dense request fits into the {info.kv_bytes_limit} "
-        f"bytes of KV memory on each rank, got {info.max_context} tokens, which take "
-        f"{_prompt_bytes(Dense(), info.max_context - 1, 1, info)}; {advice} give the engine more memory "
+        f"max_model_len must be a length of which one {method.name} request fits into the "
+        f"{info.kv_bytes_limit} bytes of KV memory on each rank, got {info.max_context} tokens, which take "
+        f"{_prompt_bytes(method, info.max_context - 1, 1, info)}; {advice} give the engine more memory "
         "(kv_cache_bytes, tensor_parallel_size)",
         field="max_model_len",
     )

@@ -49,7 +49,7 @@ FORMS = {
     "prompt": "text, token ids, or a list of either",
     "stop": "a string or a list of strings",
 }
-
+OBJECTS = frozenset({"spts", "stream_options"})
 
 # Half of a surrogate pair, as JSON may write it.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -327,4 +327,7 @@ def _first_fault(error: ValidationError, model: type[Body]) -> ApiError:
 
 
 def _param(fault: Mapping[str, Any]) -> str | None:
-    return str(fault["loc"][0]) if fault["loc"] else None
+    """The field at fault; of an object in the body, which one of its fields."""
+    loc = fault["loc"]
+    parts = loc[:2] if loc and loc[0] in OBJECTS else loc[:1]
+    return ".".join(str(part) for part in parts) or None

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from cluster import placement
 from cluster.autoscaling import QUEUED_PREFILL_TOKENS, QueuedPrefillPolicy
 from cluster.balance import Balance
-from cluster.config import AppConfig, EngineConfig, ServedEngineConfig, check_pools
+from cluster.config import AppConfig, EngineConfig, ServedEngineConfig, check_pools, parse_method
 from cluster.engine import Engine
 from cluster.keys import read_keys
 from cluster.replica_router import ReplicaRouter
@@ -38,9 +38,11 @@ GOODBYE_S = 30.0
 class EngineDeployment(Engine):
     """An engine that is ready when its replica is."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits constructors
+    async def __init__(  # type: ignore[misc]  # Serve awaits constructors
+        self, config: dict[str, Any], methods: list[dict[str, Any]]
+    ) -> None:
         log_as_serve_does()
-        super().__init__(EngineConfig.model_validate(config))
+        super().__init__(EngineConfig.model_validate(config), methods=[parse_method(each) for each in methods])
         await self.start()
 
     async def record_routing_stats(self) -> dict[str, Any]:
@@ -60,7 +62,9 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     read_keys(config)  # a missing file is said here, where it ends the deployment, not in the replica's log
     engines = {
         name: _engine_deployment(name, engine, drain_s=config.request_timeout_s).bind(
-            engine.model_dump(include=set(EngineConfig.model_fields))
+            engine.model_dump(include=set(EngineConfig.model_fields)),
+            # Pools of shorter prompts have no part in how long a prompt may be.
+            [pool.method for pool in config.pools if pool.engine == name and pool.max_prompt_tokens is None],
         )
         for name, engine in config.engines.items()
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from cluster.protocol import (
 )
 from cluster.scheduler import Scheduler
 from spts.errors import SptsError
+from spts.methods import Method
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,15 @@ class Engine:
     """Owns a group of ranks: start, step loop, streams, deadlines, restart. `start` comes before everything
     else.
 
-    config: validated. group: the ranks; None = Ray actors of `cluster.shard.Shard`.
+    config: validated. group: the ranks; None = Ray actors of `cluster.shard.Shard`. methods: of which one
+    request as long as the context has to fit into memory, beside a dense one.
     """
 
-    def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, group: Group | None = None, methods: Sequence[Method] = ()
+    ) -> None:
         self._config = config
+        self._methods = tuple(methods)
         self._group: Group = RayGroup(config) if group is None else group
         self._state: State = "starting"
         self._info: EngineInfo | None = None
@@ -315,7 +320,7 @@ class Engine:
     async def _start_group(self) -> None:
         config = self._config
         info = await self._group.start()
-        check_context(info)
+        check_context(info, self._methods)
         self._latest = await warm_up.run(self._group, info, config.max_running)
         self._info = info
         self._scheduler = Scheduler(

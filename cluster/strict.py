@@ -63,8 +63,12 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel] | None = None) -> s
         return f"{key} must be given, got nothing; add it"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
-        return f"{key}: {message}" if key else message
+        name = str(fault["loc"][-1]) if fault["loc"] else ""
+        if re.match(rf"{re.escape(name)}\b", message):  # it names the field by itself
+            return key.removesuffix(name) + message
+        return f"{key}: {message}"
     rule = re.sub(r"^\w+ should ", "", fault["msg"])  # "Input should be …", "String should have …"
+    rule = rule.replace("a valid tuple", "a list")  # as JSON and YAML have it
     return f"{key} must {rule[0].lower()}{rule[1:]}, got {brief(fault['input'])}; correct it"
 
 

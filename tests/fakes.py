@@ -257,6 +257,6 @@ class FakeGroup:
 class FakeEngine(Engine):
     """`cluster.engine.Engine` on fake ranks."""
 
-    def __init__(self, config: EngineConfig, *, step_s: float = 0.0) -> None:
+    def __init__(self, config: EngineConfig, *, step_s: float = 0.0, **more: Any) -> None:
         self.group = FakeGroup(config, step_s=step_s)
-        super().__init__(config, self.group)
+        super().__init__(config, self.group, **more)

@@ -275,6 +275,17 @@ def test_an_application_is_built_of_pools_that_can_run():
         build(changed(ARGS, "pools.1.method.schedule", "qwen2.5-7b"))
 
 
+def test_an_engine_is_told_under_which_method_its_longest_prompts_run():
+    from cluster.app import build
+
+    short, rest = ARGS["pools"]
+    assert (short["method"]["name"], rest["method"]["name"]) == ("dense", "spts")
+    [engine] = build(ARGS)._bound_deployment.init_args
+    config, methods = engine._bound_deployment.init_args
+    assert config["model"] == ARGS["engines"]["default"]["model"]
+    assert methods == [rest["method"]]
+
+
 def test_pools_of_a_model_that_is_elsewhere_are_left_to_its_engines():
     check_pools(parse(changed(ARGS, "engines.default.model", "owner/name"), AppConfig, source="args"))
 

@@ -302,6 +302,25 @@ async def test_an_engine_without_room_for_one_request_of_its_context_names_the_l
         ).start()
 
 
+async def test_a_request_of_the_context_has_to_fit_under_the_pools_method_too():
+    """Choosing among tokens in the last layer alone takes more than it saves."""
+    schedule = Schedule.from_dict(
+        {"num_layers": 6, "first_skip_layer": 5, "stages": [{"last_layer": 5, "active_tokens": 500}]}
+    )
+    sent = request(token_ids=(1,) * (MAX_CONTEXT - 1), max_new_tokens=1)
+    dense, late = (
+        demand(replace(sent, method=method), info(EngineConfig(model="fake"))).kv_bytes
+        for method in (Dense(), Spts(schedule=schedule))
+    )
+    assert dense < late
+    config = EngineConfig(model="fake", kv_cache_bytes=dense)
+    await (engine := FakeEngine(config)).start()
+    await engine.shutdown()
+    with pytest.raises(ConfigError, match=f"one spts request fits .* {MAX_CONTEXT} tokens, which take {late}"):
+        await FakeEngine(config, methods=[Spts(schedule=schedule)]).start()
+
+
+
 async def test_a_request_that_needs_more_memory_than_there_is_gets_the_numbers():
     """Following tokens takes distributions over the vocabulary too, so it may not fit where a prompt does."""
     async with started(kv_cache_bytes=2**21, max_model_len=400) as engine:
