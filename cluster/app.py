@@ -42,7 +42,9 @@ class EngineDeployment(Engine):
         self, config: dict[str, Any], methods: list[dict[str, Any]]
     ) -> None:
         log_as_serve_does()
-        super().__init__(EngineConfig.model_validate(config), methods=[parse_method(each) for each in methods])
+        super().__init__(
+            EngineConfig.model_validate(config), methods=[parse_method(method) for method in methods]
+        )
         await self.start()
 
     async def record_routing_stats(self) -> dict[str, Any]:

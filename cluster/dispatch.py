@@ -147,7 +147,7 @@ class Dispatcher:
                 "invalid_request",
                 f"spts.activity must be asked for one choice of one prompt, got {len(prompts)} x {n}; send "
                 "one",
-                "spts",
+                "spts.activity",
             )
         # One pool for a batch, by its longest prompt: one HTTP request, one engine, one method in its usage.
         pool, method = self._pool(max(map(len, prompts)))
@@ -238,7 +238,7 @@ class Dispatcher:
                 raise ApiError(
                     "invalid_request",
                     "spts.method must be given with a schedule or a seed, got null; add it",
-                    "spts",
+                    "spts.method",
                 )
             return of_pool
         data: dict[str, Any] = {"name": chosen.method}
@@ -265,7 +265,7 @@ class Dispatcher:
             raise ApiError(
                 "invalid_request",
                 f"spts.method must be one of {names}, got {method.name!r}; choose one of them",
-                "spts",
+                "spts.method",
             )
         if not own_schedule:
             return
@@ -278,7 +278,7 @@ class Dispatcher:
                     "invalid_request",
                     f"spts.schedule must have budgets of at least {least} tokens, got {budget} up to layer "
                     f"{stage.last_layer}; raise it",
-                    "spts",
+                    "spts.schedule",
                 )
             # A layer that skips is computed at once (`spts.prefill`): with a budget of nearly the whole
             # prompt, running answers would wait for a whole dense layer.

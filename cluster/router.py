@@ -95,7 +95,7 @@ class Router:
             allow_methods=("GET", "POST"),
             allow_headers=("*",),  # clients bring headers of their own, which say nothing here
             expose_headers=("x-request-id", "retry-after"),
-            allow_private_network=True,  # an endpoint is often on one, and these sites are named by its operator
+            allow_private_network=True,  # where an endpoint often is; its operator named the sites
         )
 
     # -- routes ----------------------------------------------------------------------------------------------

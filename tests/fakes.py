@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from cluster.config import EngineConfig
 from cluster.documents import Layers
@@ -24,6 +25,7 @@ from cluster.protocol import (
     StepOutput,
 )
 from spts import cost
+from spts.methods import Method
 from spts.sampling import TokenLogprobs
 
 SHAPE = cost.ModelShape(
@@ -257,6 +259,6 @@ class FakeGroup:
 class FakeEngine(Engine):
     """`cluster.engine.Engine` on fake ranks."""
 
-    def __init__(self, config: EngineConfig, *, step_s: float = 0.0, **more: Any) -> None:
+    def __init__(self, config: EngineConfig, *, step_s: float = 0.0, methods: Sequence[Method] = ()) -> None:
         self.group = FakeGroup(config, step_s=step_s)
-        super().__init__(config, self.group, **more)
+        super().__init__(config, self.group, methods)

@@ -118,7 +118,7 @@ def test_methods_by_schedule_or_by_preset():
             r"pools.0.max_prompt_tokens must grow .*, got None",
         ),
         ("pools.1.max_prompt_tokens", 9, r"pools.1.max_prompt_tokens must be null in the last pool, got 9"),
-        ("pools.1.method", {"name": "magic"}, r"pools.1.method: method.name must be one of dense, spts"),
+        ("pools.1.method", {"name": "magic"}, r"pools.1.method.name must be one of dense, spts"),
         (
             "pools.1.method",
             {"name": "spts", "schedule": "demo"},
@@ -278,12 +278,10 @@ def test_an_application_is_built_of_pools_that_can_run():
 def test_an_engine_is_told_under_which_method_its_longest_prompts_run():
     from cluster.app import build
 
-    short, rest = ARGS["pools"]
-    assert (short["method"]["name"], rest["method"]["name"]) == ("dense", "spts")
     [engine] = build(ARGS)._bound_deployment.init_args
     config, methods = engine._bound_deployment.init_args
-    assert config["model"] == ARGS["engines"]["default"]["model"]
-    assert methods == [rest["method"]]
+    assert config["model"] == "jobs/demo_model"
+    assert methods == [{"name": "spts", "schedule": "demo-12l"}], "the other pool's prompts are short"
 
 
 def test_pools_of_a_model_that_is_elsewhere_are_left_to_its_engines():

@@ -35,12 +35,13 @@ async def test_a_request_chooses_within_the_limits_of_the_configuration(folder):
     limits = {"allowed_methods": ["dense", "spts"], "min_budget_tokens": 16}
     async with endpoint(folder, **limits) as (client, engine):
         steps = len(engine.group.steps)
-        for spts, message in (
-            ({"method": "random"}, "spts.method must be one of dense, spts, got 'random'"),
-            ({"method": "spts", "schedule": small}, "at least 16 tokens, got 10 up to layer 3"),
+        for spts, param, message in (
+            ({"method": "random"}, "method", "spts.method must be one of dense, spts, got 'random'"),
+            ({"seed": 3}, "method", "spts.method must be given with a schedule or a seed, got null"),
+            ({"method": "spts", "schedule": small}, "schedule", "at least 16 tokens, got 10 up to layer 3"),
         ):
             error = await refused(client, spts=spts)
-            assert (error["param"], error["code"]) == ("spts", "invalid_value")
+            assert (error["param"], error["code"]) == (f"spts.{param}", "invalid_value")
             assert message in error["message"]
         assert len(engine.group.steps) == steps
         for spts in ({"method": "dense"}, {"method": "spts"}, {"method": "spts", "schedule": large}):
@@ -117,7 +118,7 @@ async def test_activity_comes_with_the_usage_when_it_is_asked_for(folder):
         assert short["spts"]["activity"]["bins"] == short["prompt_tokens"] < 512
         for bins in (0, 513, "5"):
             error = await refused(client, spts={"activity": bins})
-            assert error["param"] == "spts"
+            assert error["param"] == "spts.activity"
             assert error["message"].startswith("spts.activity must")
         several = await refused(client, spts={"activity": 5}, n=2)
         assert "one choice of one prompt, got 1 x 2" in several["message"]
