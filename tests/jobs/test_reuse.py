@@ -29,6 +29,7 @@ def test_the_second_question_on_8192_tokens_of_the_demo_model_costs_a_tenth_of_t
 @pytest.mark.parametrize(("same", "status"), [(True, 0), (False, 1)])
 def test_answers_that_differ_are_a_failure(monkeypatch, capsys, same, status):
     times = {"first_s": 2.0, "second_s": 1.0, "measured": 0.5, "predicted": 0.5}
+    times |= {"tokens": 8192, "reused_tokens": 8160}
     rows = [{"method": name, "same": same or name == "dense", **times} for name in ("spts", "dense")]
     monkeypatch.setattr("jobs.reuse.measure", lambda *_: rows)
     assert main([]) == status
