@@ -116,7 +116,7 @@ def test_prompts_go_where_fewer_tokens_wait(served):
         wait(served.queued, 10)
         while True:
             pid = served.where(lambda: served.ask(served.prompt(20)))
-            if long.done():
+            if served.queued() < 2 * LONG:  # what was answered may have been the long one
                 break
             went.add(pid)
     assert long.result().status_code == 200
