@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.tokenizer import TextTokenizer
-from jobs.lines import DiskError
+from jobs.disk.lines import DiskError
 from jobs.options import describe_schedule, read_schedule, writable_folder, write_json
-from jobs.verdict import TaskCurve, Verdict, judge, table
+from jobs.tuning.verdict import TaskCurve, Verdict, judge, table
 from spts.cost import ProxyShape, planned_work, speedup
 from spts.errors import ConfigError, SptsError, config_error, require_int
 from spts.methods import Dense, Spts
@@ -160,7 +160,7 @@ def draw_samples(tokenizer: TextTokenizer, name: str, *, length: int, count: int
     Raises ConfigError when they have no room for the question.
     """
     from jobs.tasks import get_task
-    from jobs.tokens import PlainTokens
+    from jobs.tasks.tokens import PlainTokens
 
     task = get_task(name)
     room = length - task.max_new_tokens - 1
@@ -209,7 +209,7 @@ def calibrate(args: argparse.Namespace) -> Verdict:
     import torch
     from tqdm import tqdm
 
-    from jobs.contestants import check_device
+    from jobs.timing.contestants import check_device
     from spts import loading
     from spts.model import SptsModel
     from spts.proxy import Proxies

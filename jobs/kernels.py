@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.arena import machine, named_shape
-from jobs.contestants import check_device
-from jobs.kernel_cases import Case, cases
+from jobs.disk.provenance import versions
 from jobs.options import interruptible
-from jobs.provenance import versions
+from jobs.timing.arena import machine, named_shape
+from jobs.timing.contestants import check_device
+from jobs.timing.kernel_cases import Case, cases
 from spts.errors import ConfigError, SptsError, config_error, require_int
 from spts.kernels import dispatch, reference
 

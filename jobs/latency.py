@@ -20,13 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.protocol import EngineError
-from jobs.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
-from jobs.cases import Case, plan
-from jobs.decoding import DecodeRow, decode_rows, decode_table, room_tokens
-from jobs.lines import DiskError
+from jobs.disk.lines import DiskError
+from jobs.disk.provenance import versions
 from jobs.options import describe_schedule, interruptible, writable_file, write_json
-from jobs.provenance import versions
-from jobs.timing import Part, Row, measure, parts_table, table, work_faults
+from jobs.timing.arena import DEFAULT_MODEL, SHAPES, Arena, engine_arena, local_arena
+from jobs.timing.cases import Case, plan
+from jobs.timing.decoding import DecodeRow, decode_rows, decode_table, room_tokens
+from jobs.timing.rounds import Part, Row, measure, parts_table, table, work_faults
 from spts.errors import ConfigError, SptsError, require_int
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -145,7 +145,7 @@ def _prompt(args: argparse.Namespace, arena: Arena, case: Case) -> tuple[list[in
 
 
 def _break_down(args: argparse.Namespace, arena: Arena, case: Case) -> list[Part]:
-    from jobs.breakdown import clocked
+    from jobs.timing.breakdown import clocked
 
     assert arena.local is not None, "engine_arena refuses --parts"
     prompt, _ = _prompt(args, arena, case)
@@ -166,7 +166,7 @@ def _decode(args: argparse.Namespace, arena: Arena, case: Case) -> list[DecodeRo
 def _race_one(args: argparse.Namespace, arena: Arena, case: Case) -> list[Row]:
     from tqdm import tqdm
 
-    from jobs.contestants import TOLERANCE, disagreement
+    from jobs.timing.contestants import TOLERANCE, disagreement
 
     prompt, follow = _prompt(args, arena, case)
     contestants = [arena.enter(name, method) for name, method in case.methods.items()]

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from jobs.lines import DiskError
+from jobs.disk.lines import DiskError
+from jobs.disk.record import write_file
 from jobs.options import writable_file
-from jobs.record import write_file
 from spts.errors import ConfigError, config_error
 
 _INK, _FAINT, _GRID = "#39424e", "#7b8794", "#e6eaee"
@@ -27,7 +27,7 @@ _LINES = {
     "pap": ("PAP", "#b58900", "P"),
     "transformers": ("transformers", "#d55e00", "^"),
 }
-_SPARSE = "spts, density "  # and a share: how `jobs.cases.plan` calls them
+_SPARSE = "spts, density "  # and a share: how `jobs.timing.cases.plan` calls them
 _SPARSE_COLOURS = ("#cc79a7", "#8e4585", "#4b2142")
 # Kinds of operations from the bottom of a bar up; all that is not listed is summed as the last.
 _KINDS = {

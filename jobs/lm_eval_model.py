@@ -25,7 +25,7 @@ from cluster.config import EngineConfig, resolve_path
 from cluster.protocol import EngineError, Request
 from cluster.tokenizer import chat_template as template_of
 from jobs import engines as pool
-from jobs.prompts import Prompts
+from jobs.sweeping.prompts import Prompts
 from jobs.tasks.lm_eval_source import Generation, generation
 from spts import loading
 from spts.errors import config_error

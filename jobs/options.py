@@ -16,7 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from jobs.record import write_file
+from jobs.disk.record import write_file
 from spts.errors import ConfigError, check_keys, config_error, require_int
 from spts.schedule import PRESETS, Schedule
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.protocol import Request, Result
-from jobs.cells import plan_models
-from jobs.progress import SweepProgress
-from jobs.prompts import PromptFile, Prompts
-from jobs.record import PlanWriter, read_rows
-from jobs.runner import Limits, Runner
-from jobs.spec import Sweep
-from jobs.work import prepare
+from jobs.disk.record import PlanWriter, read_rows
+from jobs.sweeping.cells import plan_models
+from jobs.sweeping.progress import SweepProgress
+from jobs.sweeping.prompts import PromptFile, Prompts
+from jobs.sweeping.runner import Limits, Runner
+from jobs.sweeping.spec import Sweep
+from jobs.sweeping.work import prepare
 from spts.errors import ConfigError, config_error, require_int
 
 _ANSWER_TOKENS = 8

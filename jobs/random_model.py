@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from jobs.arena import SHAPES, named_shape, proxy_size
 from jobs.latency import DTYPE_BYTES
 from jobs.options import interruptible, writable_folder
+from jobs.timing.arena import SHAPES, named_shape, proxy_size
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import SptsError, config_error, require_int
 from spts.schedule import PRESETS, Schedule
@@ -54,7 +54,7 @@ def write(
 
     Raises ConfigError for a device that is not there, a folder that cannot be written or is not empty.
     """
-    from jobs.contestants import check_device
+    from jobs.timing.contestants import check_device
 
     check_device(device)
     folder = writable_folder(out)
@@ -71,7 +71,7 @@ def _fill(
     folder: Path, shape: ModelShape, size: ProxyShape, max_tokens: int, dtype: str, device: str
 ) -> dict[str, object]:
     """Proxies begin at the first layer in which any preset, scaled to the depth, skips."""
-    from jobs.contestants import random_model, random_proxies
+    from jobs.timing.contestants import random_model, random_proxies
     from spts import loading
 
     random_model(shape, max_tokens=max_tokens, dtype=dtype, device=device).save_pretrained(folder)

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.compare import compare
-from jobs.compare_report import print_comparison, write_comparison
-from jobs.lines import DiskError
-from jobs.markdown import markdown
-from jobs.page import html
-from jobs.record import write_file
-from jobs.summary import Results, load
-from jobs.tables import csv_text, lines_parquet, samples_parquet
-from jobs.terminal import terminal
+from jobs.disk.lines import DiskError
+from jobs.disk.record import write_file
+from jobs.reporting.compare import compare
+from jobs.reporting.compare_report import print_comparison, write_comparison
+from jobs.reporting.markdown import markdown
+from jobs.reporting.page import html
+from jobs.reporting.summary import Results, load
+from jobs.reporting.tables import csv_text, lines_parquet, samples_parquet
+from jobs.reporting.terminal import terminal
 from spts.errors import ConfigError
 
 

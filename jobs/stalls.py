@@ -28,10 +28,10 @@ from cluster.placement import check_divisible
 from cluster.protocol import EngineError, Request, Result
 from cluster.strict import parse
 from jobs.aligned import aligned
-from jobs.arena import fitted_size, machine
 from jobs.latency import DTYPE_BYTES
 from jobs.load.summary import spread
 from jobs.options import describe_schedule, interruptible, read_schedule
+from jobs.timing.arena import fitted_size, machine
 from spts.cost import ModelShape, speedup
 from spts.errors import SptsError, config_error, require_int
 from spts.methods import Dense, Method, Spts

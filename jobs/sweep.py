@@ -33,16 +33,17 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.protocol import EngineError
-from jobs import forecast, provenance
-from jobs.cells import ModelPlan, plan_models
-from jobs.lines import DiskError
+from jobs.disk import provenance
+from jobs.disk.lines import DiskError
+from jobs.disk.record import PlanWriter, check_schema, iterate_rows, locked
 from jobs.options import interruptible
-from jobs.progress import PromptProgress, SweepProgress, clock_time
-from jobs.prompts import PromptFile, Prompts
-from jobs.record import PlanWriter, check_schema, iterate_rows, locked
-from jobs.runner import EnginesLostError, Limits, Runner, Usage
-from jobs.spec import Sweep, load_sweep, output_folder
-from jobs.work import Fewer, Prepared, prepare
+from jobs.sweeping import forecast
+from jobs.sweeping.cells import ModelPlan, plan_models
+from jobs.sweeping.progress import PromptProgress, SweepProgress, clock_time
+from jobs.sweeping.prompts import PromptFile, Prompts
+from jobs.sweeping.runner import EnginesLostError, Limits, Runner, Usage
+from jobs.sweeping.spec import Sweep, load_sweep, output_folder
+from jobs.sweeping.work import Fewer, Prepared, prepare
 from spts.errors import SptsError
 
 
@@ -183,7 +184,7 @@ def _left(prepared: Prepared, done: set[str]) -> Prepared:
 def _report(folder: Path) -> int:
     """Writes the report of what is there, prints its table, and returns the number of failed samples."""
     from jobs.report import terminal, write_report
-    from jobs.summary import load
+    from jobs.reporting.summary import load
 
     results = load(folder)
     if not results.done:

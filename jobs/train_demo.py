@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from jobs.demo_batches import Batches
-from jobs.demo_circuit import new_model
-from jobs.demo_loss import DemoLoss, Losses
-from jobs.demo_phases import PHASES, Phase
-from jobs.demo_tokenizer import train_tokenizer
+from jobs.demo.batches import Batches
+from jobs.demo.circuit import new_model
+from jobs.demo.loss import DemoLoss, Losses
+from jobs.demo.phases import PHASES, Phase
+from jobs.demo.tokenizer import train_tokenizer
 from jobs.tasks.haystack import haystack_hash
 from spts.errors import ConfigError, require_int
 

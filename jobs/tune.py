@@ -25,16 +25,16 @@ from pathlib import Path
 
 from cluster.config import EngineConfig
 from cluster.protocol import EngineError
-from jobs.findings import Contest, front_table, preset_file
-from jobs.lines import DiskError
+from jobs.disk.lines import DiskError
+from jobs.disk.record import content_hash, locked, write_file
 from jobs.options import describe_schedule, interruptible
-from jobs.pool import Measured, Pool
-from jobs.progress import clock_time
-from jobs.record import content_hash, locked, write_file
-from jobs.runner import EnginesLostError
-from jobs.schedule_space import CostModel, Space
-from jobs.search import Candidate, Goal, Search, TrialLog, front, measure_missing
-from jobs.tune_inputs import Model, Samples, check_numbers, engine_config, parser, results_folder
+from jobs.sweeping.progress import clock_time
+from jobs.sweeping.runner import EnginesLostError
+from jobs.tuning.findings import Contest, front_table, preset_file
+from jobs.tuning.inputs import Model, Samples, check_numbers, engine_config, parser, results_folder
+from jobs.tuning.pool import Measured, Pool
+from jobs.tuning.search import Candidate, Goal, Search, TrialLog, front, measure_missing
+from jobs.tuning.space import CostModel, Space
 from spts.errors import SptsError
 from spts.schedule import PRESETS, Schedule
 

@@ -6,4 +6,6 @@ drive.py, watch.py      all streams at once, and the server meanwhile
 record.py               what is kept of each request
 summary.py, plots.py, report.py, compare.py    what it comes to
 served.py               an endpoint of our own to put under load
+
+Imports `jobs.sweeping` and what lies below it.
 """

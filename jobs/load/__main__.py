@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jobs.disk.provenance import collect
 from jobs.load.asks import Asks, read_tokens
 from jobs.load.compare import Loads, print_loads, write_loads
 from jobs.load.drive import run
@@ -33,7 +34,6 @@ from jobs.load.served import served, tokenizer_folder
 from jobs.load.settings import Settings, parse_lengths
 from jobs.load.summary import summarise
 from jobs.options import writable_folder
-from jobs.provenance import collect
 from spts.errors import ConfigError
 
 DEMO_MODEL = "jobs/demo_model"

@@ -11,7 +11,7 @@ from jobs.load.settings import Settings
 from jobs.tasks import Sample
 from jobs.tasks.base import Tokens
 from jobs.tasks.needle import NEEDLE_TASKS, NeedleTask
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.errors import ConfigError
 
 SAMPLES_OF_A_TASK = 4

@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from jobs.disk.record import write_file
 from jobs.load.record import Run
 from jobs.load.report import headline
 from jobs.load.summary import Spread, Summary
-from jobs.markdown import cell_text, table
-from jobs.page import environment
-from jobs.record import write_file
-from jobs.terminal import new_table
-from jobs.wording import seconds, short_length, times
+from jobs.reporting.markdown import cell_text, table
+from jobs.reporting.page import environment
+from jobs.reporting.terminal import new_table
+from jobs.reporting.wording import seconds, short_length, times
 
 HEAD = ("what", "n 1", "n 2", "p50 1", "p50 2", "p99 1", "p99 2", "longest 1", "longest 2", "p99 1 / 2")
 CHANGES_HEAD = ("set differently", "1", "2")

@@ -1,4 +1,4 @@
-"""The plots of a load, as SVG texts in the looks of `jobs.plots`."""
+"""The plots of a load, as SVG texts in the looks of `jobs.reporting.plots`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import matplotlib
 
-from jobs import plots
 from jobs.load.record import Moment, Run
 from jobs.load.summary import Line, Spread, Summary
+from jobs.reporting import plots
 
 COLOURS = {"dense": "#3f4a56", "spts": "#0072b2"}
 _SPARE = ("#d55e00", "#009e73", "#b0579c", "#b58900", "#56b4e9")

@@ -10,7 +10,7 @@ from typing import Self, TextIO
 from jobs.load.record import Record
 from jobs.load.settings import Settings
 from jobs.load.summary import OUTCOMES
-from jobs.progress import Display, clock_time
+from jobs.sweeping.progress import Display, clock_time
 
 SHOWN_WRONG = 3
 
@@ -18,7 +18,7 @@ SHOWN_WRONG = 3
 class LoadProgress:
     """Counts requests, against those that are to be sent or the seconds that the load is to last.
 
-    out, clock: see `jobs.progress`. Use as a context manager: the terminal is left as it was.
+    out, clock: see `jobs.sweeping.progress`. Use as a context manager: the terminal is left as it was.
     """
 
     def __init__(

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.lines import read_lines, to_line
+from jobs.disk.lines import read_lines, to_line
+from jobs.disk.record import write_file
 from jobs.load.answer import Outcome
 from jobs.load.settings import Settings
 from jobs.options import write_json
-from jobs.record import write_file
 from spts.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -59,7 +59,7 @@ class Run:
     """A load that has ended.
 
     wall_s: from its begin to the end of its last request. lag_s: the longest that this client itself was late
-    in looking at its clock; a gap in a stream is known to no better. provenance: see `jobs.provenance`.
+    in looking at its clock; a gap in a stream is known to no better. provenance: see `jobs.disk.provenance`.
     """
 
     settings: Settings

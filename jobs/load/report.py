@@ -9,16 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from jobs import facts
+from jobs.disk.record import write_file
 from jobs.load.plots import all_plots
 from jobs.load.record import Run
 from jobs.load.summary import Line, Spread, Summary
-from jobs.markdown import cell_text, table
 from jobs.options import write_json
-from jobs.page import environment
-from jobs.record import write_file
-from jobs.terminal import new_table
-from jobs.wording import bytes_text, number, percent, seconds, short_length
+from jobs.reporting import facts
+from jobs.reporting.markdown import cell_text, table
+from jobs.reporting.page import environment
+from jobs.reporting.terminal import new_table
+from jobs.reporting.wording import bytes_text, number, percent, seconds, short_length
 
 HEAD = ("prompt", "method", "n", "TTFT p50", "p90", "p99", "gap p50", "p90", "p99", "longest",
         "e2e p50", "p90", "p99", "score, %")  # fmt: skip

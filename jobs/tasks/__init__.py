@@ -1,4 +1,7 @@
-"""The tasks a sweep can name: each family is a module of its own, imported when one of its names is used."""
+"""The tasks a sweep can name: each family is a module of its own, imported when one of its names is used.
+
+Imports no other jobs.
+"""
 
 from __future__ import annotations
 

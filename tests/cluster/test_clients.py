@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jobs.tasks import get_task
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from tests.cluster.conftest import KEY, REPOSITORY
 from tests.jobs.lm_eval_folder import TaskFolder
 

@@ -29,7 +29,7 @@ import psutil
 import yaml
 
 from cluster.local import local_ray
-from jobs.record import read_plan, read_rows
+from jobs.disk.record import read_plan, read_rows
 from tests.jobs.swept import answers, num_lines
 
 KINDS = ("rank", "engine", "driver")

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import provenance
-from jobs.record import (
+from jobs.disk import provenance
+from jobs.disk.record import (
     CellRecord,
     Plan,
     PlannedSample,

@@ -10,9 +10,8 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from jobs import demo_batches
-from jobs.demo_batches import Batches
-from jobs.demo_phases import Phase
+from jobs.demo.batches import Batches
+from jobs.demo.phases import Phase
 from jobs.tasks.haystack import haystack
 
 BUNDLED = Path(__file__).parents[2] / "jobs" / "demo_model"
@@ -27,7 +26,7 @@ def bundled_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def shorten_text(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(demo_batches, "haystack", lambda part: haystack(part)[:4000])
+    patch.setattr("jobs.demo.batches.haystack", lambda part: haystack(part)[:4000])
 
 
 def batches(

@@ -11,13 +11,13 @@ from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.protocol import EngineError, Request, Result
-from jobs.cells import ModelPlan, plan_models
+from jobs.disk.record import PlanWriter, Row, read_rows
 from jobs.engines import shortened
-from jobs.prompts import PromptFile, Prompts
-from jobs.record import PlanWriter, Row, read_rows
-from jobs.runner import Limits, Runner
-from jobs.spec import load_sweep
-from jobs.work import Group, Prepared, Work, prepare
+from jobs.sweeping.cells import ModelPlan, plan_models
+from jobs.sweeping.prompts import PromptFile, Prompts
+from jobs.sweeping.runner import Limits, Runner
+from jobs.sweeping.spec import load_sweep
+from jobs.sweeping.work import Group, Prepared, Work, prepare
 from tests.fakes import FakeEngine
 
 # Measured: by whom, when, and what of a shared context the engine still had at the time.

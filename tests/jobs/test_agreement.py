@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from jobs.tasks import Sample, Task, Tokens, get_task, make_tasks
 from jobs.tasks.haystack import haystack
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.errors import ConfigError
 
 DEMO_TOKENIZER = Path(__file__).parents[2] / "jobs" / "demo_model" / "tokenizer.json"

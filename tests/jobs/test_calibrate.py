@@ -8,7 +8,7 @@ import pytest
 import spts
 from jobs.calibrate import main, split, task_names
 from jobs.options import describe_schedule, read_schedule, writable_folder
-from jobs.verdict import TaskCurve, judge
+from jobs.tuning.verdict import TaskCurve, judge
 from spts.safety import LayerSafety, Safety
 from tests.cluster.tiny import NUM_LAYERS, write_model
 

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from jobs import report
-from jobs.compare import compare, same_answer
-from jobs.compare_report import print_comparison
-from jobs.record import Row
-from jobs.stats import paired_difference
-from jobs.summary import load
+from jobs.disk.record import Row
+from jobs.reporting.compare import compare, same_answer
+from jobs.reporting.compare_report import print_comparison
+from jobs.reporting.stats import paired_difference
+from jobs.reporting.summary import load
 from jobs.tasks import get_task
 from spts.errors import ConfigError
 from tests.jobs.made_up import change_plan, next_version, write_results

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jobs.demo_batches import IGNORED
-from jobs.demo_phases import PHASES
-from jobs.demo_tokenizer import END, END_ID
+from jobs.demo.batches import IGNORED
+from jobs.demo.phases import PHASES
+from jobs.demo.tokenizer import END, END_ID
 from jobs.tasks.haystack import haystack
 from jobs.tasks.needle import ask
 from tests.jobs.short_training import SHORT, batches, bundled_tokenizer

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from jobs.demo_circuit import HEADS_PER_KV, LOOK_BACK, LOOKUP_LAYERS, new_model
+from jobs.demo.circuit import HEADS_PER_KV, LOOK_BACK, LOOKUP_LAYERS, new_model
 from jobs.tasks import get_task
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from tests.jobs.short_training import bundled_tokenizer
 
 

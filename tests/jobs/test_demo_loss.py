@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2ForCausalLM
 
-from jobs.demo_batches import IGNORED
-from jobs.demo_circuit import new_model
-from jobs.demo_loss import (
+from jobs.demo.batches import IGNORED
+from jobs.demo.circuit import new_model
+from jobs.demo.loss import (
     SUPERVISED_LAYERS,
     SUPERVISED_WEIGHT,
     TEXT_SHARE,

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoConfig, PretrainedConfig
 
 import spts
-from jobs.demo_circuit import LOOKUP_LAYERS, new_model
+from jobs.demo.circuit import LOOKUP_LAYERS, new_model
 from jobs.tasks.needle import NEEDLE_TASKS
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.methods import Dense
 from spts.model import SptsModel
 from spts.schedule import Schedule

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs import demo_tokenizer
-from jobs.demo_tokenizer import END, END_ID, train_tokenizer
+from jobs.demo.tokenizer import END, END_ID, train_tokenizer
 from jobs.tasks.haystack import haystack
 from jobs.tasks.needle import words
 from tests.jobs.short_training import bundled_tokenizer
@@ -17,7 +16,7 @@ def tokenizer(request):
         yield bundled_tokenizer()
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_tokenizer, "haystack", lambda part: haystack(part)[:20_000])
+        patch.setattr("jobs.demo.tokenizer.haystack", lambda part: haystack(part)[:20_000])
         yield train_tokenizer()
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from jobs.tasks import get_task, make_tasks
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.errors import ConfigError
 
 CHINESE = {

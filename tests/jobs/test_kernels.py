@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from jobs import arena, kernels
-from jobs.kernel_cases import block_mask
+from jobs import kernels
+from jobs.timing import arena
+from jobs.timing.kernel_cases import block_mask
 from spts.cost import ModelShape
 from spts.kernels import dispatch
 from tests.jobs.test_latency import interrupted

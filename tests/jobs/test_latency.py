@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import arena, latency
-from jobs.cases import plan
-from jobs.contestants import OnEngine, Own, Transformers, disagreement, random_model, random_proxies
-from jobs.timing import Timed, measure, table, work_faults
+from jobs import latency
+from jobs.timing import arena
+from jobs.timing.cases import plan
+from jobs.timing.contestants import OnEngine, Own, Transformers, disagreement, random_model, random_proxies
+from jobs.timing.rounds import Timed, measure, table, work_faults
 from spts.cost import ModelShape, ProxyShape
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -240,7 +241,7 @@ def test_a_disk_that_fills_up_ends_in_one_line(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("jobs.record.os.fsync", full)
+    monkeypatch.setattr("jobs.disk.record.os.fsync", full)
     out = tmp_path / "report.json"
     assert run_local("--shape", "tiny", "--lengths", "10", "--repeats", "1", "--out", str(out)) == 2
     assert f"error: results must be written to {out}, got No space left" in capsys.readouterr().err
@@ -279,7 +280,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch, capsys):
             timed = super().run(prompt, follow)
             return Timed(**{**vars(timed), "answer": (timed.answer[0], timed.answer[1] * 1.5)})
 
-    monkeypatch.setattr("jobs.contestants.Transformers", Wrong)
+    monkeypatch.setattr("jobs.timing.contestants.Transformers", Wrong)
     assert run_local("--shape", "tiny", "--lengths", "50") == 1
     printed = capsys.readouterr()
     assert "transformers does not equal dense: logits after decode differ by" in printed.err

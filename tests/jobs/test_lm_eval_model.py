@@ -15,11 +15,11 @@ from cluster.config import EngineConfig
 from cluster.protocol import EngineError
 from cluster.tokenizer import TextTokenizer
 from jobs.lm_eval_model import ClusterLM, GenerationError
-from jobs.spec import load_sweep
-from jobs.summary import load
+from jobs.reporting.summary import load
 from jobs.sweep import main
+from jobs.sweeping.spec import load_sweep
 from jobs.tasks import get_task
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.errors import ConfigError, RequestError
 from spts.methods import Dense, Method, Spts
 from tests import fakes

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from jobs.tasks import FAMILIES, Sample, Tokens, get_task, make_tasks
 from jobs.tasks.longbench import MAX_NEW_TOKENS, truncate
 from jobs.tasks.longbench_prompts import read_template
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.errors import ConfigError
 
 SETS = FAMILIES["jobs.tasks.longbench"][1:]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from jobs.tasks import Sample, Tokens, get_task, make_tasks
 from jobs.tasks.haystack import haystack
 from jobs.tasks.needle import NEEDLE_TASKS, NUM_VALUES, ask, chain, fact, hide, words
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.errors import ConfigError
 
 DEMO_TOKENIZER = Path("jobs/demo_model/tokenizer.json")

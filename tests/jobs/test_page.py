@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from jobs import report, wording
+from jobs import report
+from jobs.reporting import wording
 from tests.jobs.made_up import write_results
 
 ARTEFACTS = Path(__file__).resolve().parents[2] / "build" / "artefacts"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.arena import SHAPES
-from jobs.cases import plan
+from jobs.timing.arena import SHAPES
+from jobs.timing.cases import plan
 from spts.cost import ProxyShape
 
 RESULTS = Path(__file__).resolve().parents[2] / "jobs" / "results"

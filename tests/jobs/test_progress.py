@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobs.progress import PromptProgress, SweepProgress, clock_time
-from jobs.record import Row
+from jobs.disk.record import Row
+from jobs.sweeping.progress import PromptProgress, SweepProgress, clock_time
 from jobs.tasks import get_task
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 import spts
-from jobs import arena, random_model
+from jobs import random_model
+from jobs.timing import arena
 from spts.cost import ProxyShape
 from spts.methods import Spts
 from spts.schedule import PRESETS, Schedule
@@ -66,7 +67,7 @@ def test_bad_input_is_refused_before_a_folder_is_made(tmp_path, args, message, c
 
 @pytest.mark.parametrize("step", ["random_model", "random_proxies"])
 def test_ctrl_c_ends_in_one_line_and_leaves_no_folder(tmp_path, monkeypatch, capsys, step):
-    monkeypatch.setattr(f"jobs.contestants.{step}", interrupted)
+    monkeypatch.setattr(f"jobs.timing.contestants.{step}", interrupted)
     assert run("--out", str(tmp_path / "model")) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "interrupted: the same command again starts from the beginning"

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from jobs import provenance, record
-from jobs.record import Row, RowWriter, read_plan, read_rows, write_plan
+from jobs.disk import provenance, record
+from jobs.disk.record import Row, RowWriter, read_plan, read_rows, write_plan
 from spts.errors import ConfigError
 from tests.jobs.made_up import write_results
 

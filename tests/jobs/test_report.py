@@ -17,17 +17,19 @@ import pyarrow.parquet
 import pytest
 from rich.console import Console
 
-from jobs import palette, plots, provenance, report, wording
+from jobs import report
 from jobs.aligned import aligned
-from jobs.columns import LINE_FIELDS, SAMPLE_FIELDS
-from jobs.drilldown import drilldown
-from jobs.facts import facts
-from jobs.markdown import cell_text
-from jobs.record import read_plan, read_rows
+from jobs.disk import provenance
+from jobs.disk.columns import LINE_FIELDS, SAMPLE_FIELDS
+from jobs.disk.record import read_plan, read_rows
 from jobs.report import write_report
-from jobs.stats import holm, mean_interval, paired_difference
-from jobs.summary import load
-from jobs.tables import csv_text
+from jobs.reporting import palette, plots, wording
+from jobs.reporting.drilldown import drilldown
+from jobs.reporting.facts import facts
+from jobs.reporting.markdown import cell_text
+from jobs.reporting.stats import holm, mean_interval, paired_difference
+from jobs.reporting.summary import load
+from jobs.reporting.tables import csv_text
 from jobs.tasks import FAMILIES, get_task
 from jobs.tasks.needle import NeedleTask
 from spts.errors import ConfigError
@@ -533,7 +535,7 @@ def bench(monkeypatch):
     """A family of 21 tasks, as large as LongBench."""
     families = {**FAMILIES, **FAMILY}
     monkeypatch.setattr("jobs.tasks.FAMILIES", families)
-    monkeypatch.setattr("jobs.scoring.FAMILIES", families)
+    monkeypatch.setattr("jobs.reporting.scoring.FAMILIES", families)
 
 
 def test_many_tasks_have_a_table_and_a_mean(bench, tmp_path):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from jobs.tasks import FAMILIES, Sample, get_task, make_tasks
 from jobs.tasks.ruler import KINDS
-from jobs.tokens import PlainTokens
+from jobs.tasks.tokens import PlainTokens
 from spts.errors import ConfigError
 from tests.jobs.ruler_stand_ins import TEXTS, Bytes, Words
 

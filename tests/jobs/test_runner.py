@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-import jobs.runner
+import jobs.sweeping.runner
 from cluster.protocol import EngineError
-from jobs.lines import DiskError
-from jobs.record import read_rows
-from jobs.runner import EnginesLostError
+from jobs.disk.lines import DiskError
+from jobs.disk.record import read_rows
+from jobs.sweeping.runner import EnginesLostError
 from tests.jobs.swept import SweptEngine, answers, made, num_lines, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_an_engine_that_never_answers_fails_by_the_second_clock(tmp_path, work, 
         async def run(self, request, until=None):
             await asyncio.sleep(3600)
 
-    monkeypatch.setattr(jobs.runner, "_GRACE_S", 0.02)
+    monkeypatch.setattr(jobs.sweeping.runner, "_GRACE_S", 0.02)
     run(tmp_path, work, [Silent()], groups=work.groups[:1], attempts=2, timeout_s=0.01)
     (row,) = read_rows(tmp_path).values()
     assert row.error == "unavailable: the engine gave no sign within 0.03 s"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from jobs.schedule_space import CostModel, Space, tidy
+from jobs.tuning.space import CostModel, Space, tidy
 from spts.cost import ModelShape, ProxyShape, planned_work
 from spts.errors import ConfigError
 from spts.schedule import PRESETS, Schedule, Stage

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from cluster.protocol import Agreement, EngineError, Request, Result
-from jobs.pool import Measured, Pool, Prompt
-from jobs.runner import EnginesLostError
-from jobs.schedule_space import CostModel, Space
-from jobs.search import Candidate, Goal, Search, TrialLog, front
+from jobs.sweeping.runner import EnginesLostError
+from jobs.tuning.pool import Measured, Pool, Prompt
+from jobs.tuning.search import Candidate, Goal, Search, TrialLog, front
+from jobs.tuning.space import CostModel, Space
 from spts.cost import ProxyShape, planned_work
 from spts.methods import Dense, Spts
 from spts.schedule import Schedule, Stage

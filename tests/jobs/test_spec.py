@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-import jobs.cells
-import jobs.spec
+import jobs.sweeping.cells
+import jobs.sweeping.spec
 from cluster.strict import brief
 from cluster.yaml_file import read_yaml
-from jobs.cells import plan_models
-from jobs.spec import EngineSpec, Sweep, concrete_schedule, load_sweep, output_folder
 from jobs.sweep import main
+from jobs.sweeping.cells import plan_models
+from jobs.sweeping.spec import EngineSpec, Sweep, concrete_schedule, load_sweep, output_folder
 from spts import Proxies, methods
 from spts.errors import SptsError
 from spts.methods import METHODS, Dense, Random, Spts
@@ -315,7 +315,7 @@ def test_dry_run_predicts_no_time_without_the_device(config, write_config, capsy
 
 
 def test_the_demo_is_valid():
-    root = Path(jobs.spec.__file__).parent
+    root = Path(jobs.__file__).parent
     sweep = load_sweep(root / "configs" / "demo.yaml")
     assert [method.title for method in sweep.methods] == ["dense", "spts", "random", "recency"]
     assert sweep.lengths == (1024, 2048, 4096, 8192)
@@ -457,7 +457,7 @@ def test_a_methods_own_fields_reach_it(config, write_config, monkeypatch):
         def to_dict(self):
             return {**super().to_dict(), "probe_tokens": self.probe_tokens}
 
-    for module in (jobs.spec, methods):
+    for module in (jobs.sweeping.spec, methods):
         monkeypatch.setattr(module, "METHODS", {**METHODS, "picky": Picky})
     schedule = config["methods"][1]["schedule"]
     config["methods"] = [

@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jobs.stats import (
+from jobs.reporting.stats import (
     Column,
     estimates,
     holm,

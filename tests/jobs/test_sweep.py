@@ -18,12 +18,13 @@ import pytest
 import spts
 from cluster.local import local_ray
 from cluster.protocol import EngineError
-from jobs import provenance, scoring
-from jobs.cells import plan_models
-from jobs.record import locked, read_plan, read_rows
-from jobs.spec import load_sweep, output_folder
+from jobs.disk import provenance
+from jobs.disk.record import locked, read_plan, read_rows
+from jobs.reporting import scoring
 from jobs.sweep import main
-from jobs.work import Fewer
+from jobs.sweeping.cells import plan_models
+from jobs.sweeping.spec import load_sweep, output_folder
+from jobs.sweeping.work import Fewer
 from tests import fakes
 from tests.cluster.tiny import write_model
 from tests.jobs.swept import SweptEngine, answers, made
@@ -163,10 +164,10 @@ def test_agreement_with_dense_is_swept_like_an_answer(fake_cluster, config, writ
 
 
 def test_a_sweep_scores_its_answers_once_for_the_report(fake_cluster, config, write_config, monkeypatch):
-    import jobs.summary
+    import jobs.reporting.summary
 
     score_rows = MagicMock(wraps=scoring.score_rows)
-    monkeypatch.setattr(jobs.summary, "score_rows", score_rows)
+    monkeypatch.setattr(jobs.reporting.summary, "score_rows", score_rows)
     assert main(["--config", str(write_config(config))]) == 0
     assert score_rows.call_count == 1
 
@@ -175,7 +176,8 @@ def test_a_task_that_one_model_s_tokens_leave_short_is_told_whatever_model_comes
     config, write_config, tiny_model, tmp_path, monkeypatch, capsys
 ):
     """The last model of a sweep has all samples: what an earlier one lacks is still said."""
-    from jobs import sweep, work
+    from jobs import sweep
+    from jobs.sweeping import work
 
     other = write_model(tmp_path / "other", seed=1)
     config["model"] = [config["model"], str(other)]

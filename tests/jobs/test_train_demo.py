@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 import spts
 from jobs import train_demo
-from jobs.demo_circuit import new_model
-from jobs.demo_phases import PHASES
-from jobs.demo_tokenizer import END_ID
+from jobs.demo.circuit import new_model
+from jobs.demo.phases import PHASES
+from jobs.demo.tokenizer import END_ID
 from jobs.train_demo import Training, TrainingError
 from spts.methods import Dense
 from tests.jobs.short_training import SHORT, bundled_tokenizer, shorten_text

@@ -16,14 +16,14 @@ import spts
 from cluster.config import EngineConfig
 from cluster.local import local_ray
 from cluster.protocol import Agreement, EngineError
-from jobs.lines import read_lines
+from jobs.disk.lines import read_lines
+from jobs.disk.record import locked
 from jobs.options import read_schedule
-from jobs.pool import Prompt
-from jobs.record import locked
-from jobs.schedule_space import CostModel
-from jobs.spec import MethodSpec
+from jobs.sweeping.spec import MethodSpec
 from jobs.tune import main
-from jobs.tune_inputs import Model, Samples
+from jobs.tuning.inputs import Model, Samples
+from jobs.tuning.pool import Prompt
+from jobs.tuning.space import CostModel
 from spts.cost import ProxyShape
 from spts.methods import Spts
 from tests.cluster.tiny import write_model
@@ -316,7 +316,7 @@ def test_a_search_on_real_engines(tiny_model, text, tmp_path):
     assert len(trials) == summary["num_trials"] == 12
     assert all(1.6 <= line["speedup"] < 1.63 for line in trials)
     # What an engine measured is what the library says of the same prompt.
-    from jobs.prompts import Prompts
+    from jobs.sweeping.prompts import Prompts
     from jobs.tasks import get_task
     from spts.agreement import compare
 

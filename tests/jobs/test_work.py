@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import jobs.spec
-from jobs import forecast
-from jobs.progress import clock_time
-from jobs.prompts import Prompts
-from jobs.record import read_plan
-from jobs.spec import load_sweep
+import jobs.sweeping.spec
+from jobs.disk.record import read_plan
+from jobs.sweeping import forecast
+from jobs.sweeping.progress import clock_time
+from jobs.sweeping.prompts import Prompts
+from jobs.sweeping.spec import load_sweep
+from jobs.sweeping.work import common_prefix
 from jobs.tasks import Sample, get_task
-from jobs.work import common_prefix
 from spts.cost import dense_flops, reused_flops
 from spts.errors import ConfigError
 from tests.jobs.swept import SweptEngine, made, run
@@ -179,7 +179,7 @@ def quiz(prepared, monkeypatch):
 
     def prepare_it(*entries: Sample, stop=(), samples=9, **change):
         task = Quiz(entries=entries, stop=stop)
-        monkeypatch.setattr(jobs.spec, "make_tasks", lambda entry: (task,))
+        monkeypatch.setattr(jobs.sweeping.spec, "make_tasks", lambda entry: (task,))
         return prepared(tasks=["quiz"], lengths=[340], samples=samples, **change)
 
     return prepare_it
@@ -294,7 +294,7 @@ def test_an_answer_ends_before_its_stop_string(quiz, tmp_path):
 
 
 def run_one(one, folder):
-    from jobs.record import read_rows
+    from jobs.disk.record import read_rows
 
     run(folder, one, [SweptEngine(step_s=0.002)])
     (row,) = read_rows(folder).values()
