@@ -19,7 +19,7 @@ from cluster.origins import check_origins
 from cluster.strict import Strict, explain, parse, refuse_unknown_keys
 from cluster.yaml_file import read_yaml
 from spts import methods
-from spts.errors import ConfigError
+from spts.errors import ConfigError, check_keys
 from spts.methods import Method
 from spts.schedule import PRESETS
 
@@ -115,7 +115,8 @@ class PoolConfig(Strict):
     """One row of the router's table: prompts of up to `max_prompt_tokens` (None = any) run `method` on
     `engine`.
 
-    method: {name: dense}, or {name: spts, schedule: ...} with a schedule's own keys, or the name of a preset.
+    method: {name: dense}, or {name: spts, schedule: ...} with the name of a preset, {preset,
+    attention_density}, or a schedule's own keys.
     """
 
     engine: str = "default"
@@ -245,16 +246,22 @@ class AppConfig(Strict):
 
 
 def parse_method(data: Mapping[str, Any]) -> Method:
-    """`methods.from_dict`, where `schedule` may also be a preset's name. Raises ConfigError."""
+    """`methods.from_dict`, where `schedule` may also be a preset's name, or {preset, attention_density}.
+    Raises ConfigError."""
     schedule = data.get("schedule")
     if isinstance(schedule, str):
-        if schedule not in PRESETS:
+        schedule = {"preset": schedule}
+    if isinstance(schedule, Mapping) and "preset" in schedule:
+        check_keys("method.schedule", schedule, required=("preset",), optional=("attention_density",))
+        name = schedule["preset"]
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(
-                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {schedule!r}; "
+                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {name!r}; "
                 "correct it",
                 field="method.schedule",
             )
-        data = {**data, "schedule": PRESETS[schedule].schedule.to_dict()}
+        given = {key: value for key, value in schedule.items() if key != "preset"}
+        data = {**data, "schedule": {**PRESETS[name].schedule.to_dict(), **given}}
     return methods.from_dict(data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -91,6 +92,22 @@ def test_methods_by_schedule_or_by_preset():
     )
     written = {"name": "spts", "schedule": SCHEDULE.to_dict()}
     assert parse_method(written) == Spts(schedule=SCHEDULE)
+    sparse = {"name": "spts", "schedule": {"preset": "demo-12l", "attention_density": 0.1}}
+    assert parse_method(sparse) == Spts(schedule=replace(Schedule.preset("demo-12l"), attention_density=0.1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"preset": "demo"}, "method.schedule must be a schedule or one of llama-3.1-8b, .*, got 'demo'"),
+        ({"preset": ["demo-12l"]}, r"method.schedule must be .*, got \['demo-12l'\]"),
+        ({"preset": "demo-12l", "scaled": True}, r"method.schedule.scaled must be a known key \(preset, "),
+        ({"preset": "demo-12l", "attention_density": 0}, "attention_density must be a number above 0"),
+    ],
+)
+def test_a_preset_with_something_else_is_refused_by_name(schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_method({"name": "spts", "schedule": schedule})
 
 
 @pytest.mark.parametrize(
