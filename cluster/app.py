@@ -95,7 +95,7 @@ def _engine_deployment(name: str, config: ServedEngineConfig, *, drain_s: float)
         placement_group_bundles=placement.bundles(
             world_size=config.tensor_parallel_size, device=config.device, num_threads=config.num_threads
         ),
-        placement_group_strategy=placement.strategy(device=config.device),
+        placement_group_strategy=placement.STRATEGY,
         max_ongoing_requests=MAX_ONGOING,
         max_constructor_retry_count=2,
         # A replica that is to end gets no new requests, and finishes those it has.

@@ -80,12 +80,17 @@ class RayGroup:
             for rank in range(config.tensor_parallel_size)
         ]
         self._watches = [asyncio.ensure_future(_until_dead(rank.watch.remote())) for rank in self._ranks]
-        address = (await self._together([self._ranks[0].host.remote()], config.start_timeout_s))[0]
+        hosts = await self._together([rank.host.remote() for rank in self._ranks], config.start_timeout_s)
+        meeting = self._ranks[0].meet.remote(placement.meeting_host(hosts))
+        address = (await self._together([meeting], config.start_timeout_s))[0]
         infos = await self._together(
             [rank.load.remote(address) for rank in self._ranks], config.start_timeout_s
         )
+        for info in infos:
+            info.check_weights(infos[0].weights)
         # What one rank has no room for, none may begin.
-        return replace(infos[0], kv_bytes_limit=min(info.kv_bytes_limit for info in infos))
+        limit = min(info.kv_bytes_limit for info in infos)
+        return replace(infos[0], kv_bytes_limit=limit, hosts=tuple(hosts))
 
     async def step(self, step: Step) -> StepOutput:
         """Call every rank; see `Group`."""
@@ -131,7 +136,7 @@ class RayGroup:
                 placement.check_fits(bundles, ray.cluster_resources())
                 self._placement = placement_group(
                     bundles,
-                    strategy=placement.strategy(device=config.device),
+                    strategy=placement.STRATEGY,
                     name=placement_name(ray.get_runtime_context().get_actor_id()),
                 )
             try:

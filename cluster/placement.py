@@ -1,5 +1,5 @@
-"""Where the ranks of a group go: resource bundles, strategy, and the sizes that cannot be split. Pure
-functions."""
+"""Where the ranks of a group go: resource bundles, the address where they meet, and the sizes that cannot be
+split. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Literal
 
 from spts.cost import ModelShape
 from spts.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+# Ranks of a model talk in every layer: on one machine if one has room, else on as few as Ray finds.
+STRATEGY: Literal["PACK"] = "PACK"
 
 
 def rank_resources(*, device: Literal["cpu", "cuda"], num_threads: int) -> dict[str, float]:
@@ -34,13 +38,14 @@ def bundles(*, world_size: int, device: Literal["cpu", "cuda"], num_threads: int
     return [rank_resources(device=device, num_threads=num_threads) for _ in range(world_size)]
 
 
-def strategy(*, device: Literal["cpu", "cuda"]) -> Literal["STRICT_PACK", "PACK"]:
-    """Ranks that talk through host memory must share a node; GPU ranks should, and may span nodes over NCCL.
+def meeting_host(hosts: Sequence[str]) -> str:
+    """The address at which the ranks on `hosts`, in rank order, meet: rank 0's; loopback if they share a
+    machine.
 
-    >>> strategy(device="cpu"), strategy(device="cuda")
-    ('STRICT_PACK', 'PACK')
+    >>> meeting_host(["10.0.0.1", "10.0.0.1"]), meeting_host(["10.0.0.1", "10.0.0.2"])
+    ('127.0.0.1', '10.0.0.1')
     """
-    return "STRICT_PACK" if device == "cpu" else "PACK"
+    return LOOPBACK if len(set(hosts)) == 1 else hosts[0]
 
 
 def check_divisible(shape: ModelShape, world_size: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from spts.cost import LayerWork, ModelShape, ProxyShape, dense_flops
+from spts.errors import ConfigError
 from spts.methods import Method
 from spts.sampling import Sampling, TokenLogprobs
 
@@ -196,6 +197,7 @@ class EngineStats:
 class EngineInfo:
     """What an engine runs, and on what; versions, attention and accelerator are rank 0's.
 
+    hosts: address of each rank's machine. fingerprint, proxies_sha256: what `spts.loading.weights` says.
     max_context: prompt plus new tokens. versions: package name -> version. attention: what computes it.
     accelerator: name of the device, None = the CPU. proxy: size of the model's FFN proxies; None = it has
     none. first_proxy_layer: from which on every layer has one. kv_bytes_limit: bytes on each rank for
@@ -204,7 +206,9 @@ class EngineInfo:
     """
 
     model_name: str
+    hosts: tuple[str, ...]
     fingerprint: str
+    proxies_sha256: str | None
     shape: ModelShape
     max_context: int
     vocab_size: int
@@ -219,6 +223,21 @@ class EngineInfo:
     first_proxy_layer: int | None
     kv_bytes_limit: int
     slice_tokens: int | None
+
+    @property
+    def weights(self) -> tuple[str, str | None]:
+        """`fingerprint` and `proxies_sha256`."""
+        return self.fingerprint, self.proxies_sha256
+
+    def check_weights(self, expected: tuple[str, str | None]) -> None:
+        """Raise ConfigError for other `weights` than those: machines may have other files of one name."""
+        for field_name, got, wanted in zip(("model", "proxies"), self.weights, expected, strict=True):
+            if got != wanted:
+                raise ConfigError(
+                    f"{field_name} must be the same files on every machine, got others on {self.hosts[0]}; "
+                    "copy them there",
+                    field=field_name,
+                )
 
     @property
     def has_proxies(self) -> bool:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cluster.stepper import Stepper
     from spts.model import SptsModel
 
-_LOOPBACK = "127.0.0.1"
 # Of the memory that is free: on a GPU all but what libraries take later, on a CPU machine what leaves room
 # for other engines, object stores and page caches.
 _GPU_SHARE = 0.9
@@ -57,7 +56,7 @@ class TorchCollective:
 
 
 class Shard:
-    """Rank `rank` of `config.tensor_parallel_size`. Call `host` on rank 0, `load` on every rank, then
+    """Rank `rank` of `config.tensor_parallel_size`. Call `meet` on rank 0, `load` on every rank, then
     `step`."""
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
@@ -74,14 +73,17 @@ class Shard:
         while True:
             time.sleep(3600)
 
-    def host(self) -> tuple[str, int]:
-        """Open the meeting point of the ranks on a port that the system chooses; returns its address. One
-        rank: none."""
+    def host(self) -> str:
+        """Address of this rank's machine, as the cluster knows it."""
+        return ray.util.get_node_ip_address()
+
+    def meet(self, host: str) -> tuple[str, int]:
+        """Open the meeting point of the ranks at `host` on a port that the system chooses; returns its
+        address. One rank: none."""
         if self._world_size == 1:
-            return (_LOOPBACK, 0)
-        address = _LOOPBACK if self._config.device == "cpu" else ray.util.get_node_ip_address()
-        self._store = self._meeting_point(address, 0)
-        return (address, self._store.port)
+            return (host, 0)
+        self._store = self._meeting_point(host, 0)
+        return (host, self._store.port)
 
     def load(self, address: tuple[str, int]) -> EngineInfo:
         """Load this rank's part of the model. Raises SptsError, the same on every rank, before any weight is
@@ -97,20 +99,19 @@ class Shard:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         placement.check_divisible(cost.ModelShape.from_config(settings), self._world_size)
         self._check_length(max_context(settings))
-        identity = loading.fingerprint(folder)
-        proxies = loading.load_proxies(
-            folder, None if config.proxies is None else resolve_path(config.proxies), fingerprint=identity
-        )
-        self._prepare_process(address)
+        chosen = None if config.proxies is None else resolve_path(config.proxies)
+        weights = loading.weights(folder, chosen)
+        proxies = loading.load_proxies(folder, chosen, fingerprint=weights[0])
+        self._prepare_process(*address)
         hf_model = loading.load_transformers(folder, dtype=config.dtype, device=config.device)
         self._model = SptsModel(
             self._shard(hf_model),
-            fingerprint=identity,
+            fingerprint=weights[0],
             proxies=proxies,
             collective=None if self._world_size == 1 else TorchCollective(self._rank, self._world_size),
         )
         self._stepper = Stepper(self._model, config, self._rank)
-        return self._info(folder.name)
+        return self._info(folder.name, weights)
 
     def step(self, step: Step) -> StepOutput | None:
         """Do one step; the answer on rank 0, None on the others, which do not choose tokens."""
@@ -119,7 +120,7 @@ class Shard:
 
     # -- loading ---------------------------------------------------------------------------------------------
 
-    def _prepare_process(self, address: tuple[str, int]) -> None:
+    def _prepare_process(self, host: str, port: int) -> None:
         """Threads, environment and process group, as DeepSpeed expects to find them. One rank has no
         group."""
         import torch
@@ -129,14 +130,17 @@ class Shard:
         os.environ.update(
             RANK=str(self._rank), WORLD_SIZE=str(self._world_size), LOCAL_RANK="0", LOCAL_SIZE="1"
         )
-        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
         os.environ["DS_ACCELERATOR"] = self._config.device
-        if self._config.device == "cpu":
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         if self._world_size == 1:
             return
+        # Left alone, Gloo takes the interface that the host's name stands for, NCCL the first it finds.
+        interface = _interface(host if host == placement.LOOPBACK else self.host())
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without "=" a prefix of names
         if self._rank != 0:
-            self._store = self._meeting_point(*address)
+            self._store = self._meeting_point(host, port)
         torch.distributed.init_process_group(
             "gloo" if self._config.device == "cpu" else "nccl",
             store=self._store,
@@ -144,11 +148,11 @@ class Shard:
             world_size=self._world_size,
         )
 
-    def _meeting_point(self, address: str, port: int) -> Any:
+    def _meeting_point(self, host: str, port: int) -> Any:
         """The ranks' key-value store: served by rank 0 on `port` (0 = a free one), joined by the others."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
-        return TCPStore(address, port, self._world_size, is_master=self._rank == 0, wait_for_workers=False)
+        return TCPStore(host, port, self._world_size, is_master=self._rank == 0, wait_for_workers=False)
 
     def _shard(self, hf_model: Any) -> Any:
         """`hf_model` with its linears sharded by DeepSpeed. Changes nothing when there is one rank."""
@@ -176,7 +180,7 @@ class Shard:
                 field="max_model_len",
             )
 
-    def _info(self, model_name: str) -> EngineInfo:
+    def _info(self, model_name: str, weights: tuple[str, str | None]) -> EngineInfo:
         import torch
 
         from spts.kernels.dispatch import attention
@@ -185,7 +189,9 @@ class Shard:
         packages = ("torch", "deepspeed", "transformers", "ray")
         return EngineInfo(
             model_name=model_name,
-            fingerprint=model.fingerprint,
+            hosts=(self.host(),),
+            fingerprint=weights[0],
+            proxies_sha256=weights[1],
             shape=model.shape,
             max_context=self._config.max_model_len or model.max_context,
             vocab_size=model.vocab_size,
@@ -215,3 +221,11 @@ class Shard:
     def _loaded(self) -> SptsModel:
         assert self._model is not None, "load comes before everything else"
         return self._model
+
+
+def _interface(address: str) -> str | None:
+    """The network interface of this machine that has `address`; None if none has."""
+    import psutil
+
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, has in interfaces if any(one.address == address for one in has)), None)

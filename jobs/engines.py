@@ -12,9 +12,10 @@ from typing import Any
 import ray
 
 from cluster import placement
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, resolve_path
 from cluster.engine import start_engine, stop_engine
 from cluster.protocol import EngineError, EngineInfo, Request, Result
+from spts import loading
 from spts.errors import ConfigError, SptsError
 
 logger = logging.getLogger(__name__)
@@ -42,15 +43,23 @@ class RayEngine:
     """One engine actor, and a new one in its place if it dies. Use `start_engines`.
 
     Ray itself neither restarts the actor nor retries its calls (its default for actors): only the runner's
-    leases do. max_deaths: actors in a row that may die without an answer in between. max_failed_starts:
-    actors in a row that may fail to start. After either the engine is given up.
+    leases do. weights: what it has to run (`EngineInfo.weights`), wherever it starts; None = anything.
+    max_deaths: actors in a row that may die without an answer in between. max_failed_starts: actors in a row
+    that may fail to start. After either the engine is given up.
     """
 
     def __init__(
-        self, name: str, config: EngineConfig, *, max_deaths: int = 9, max_failed_starts: int = 3
+        self,
+        name: str,
+        config: EngineConfig,
+        *,
+        weights: tuple[str, str | None] | None = None,
+        max_deaths: int = 9,
+        max_failed_starts: int = 3,
     ) -> None:
         self.name = name
         self._config = config
+        self._weights = weights
         self._handle: Any = None
         self._max_deaths = max_deaths
         self._max_failed_starts = max_failed_starts
@@ -64,6 +73,8 @@ class RayEngine:
             info: EngineInfo = await self._handle.info.remote()
         except ray.exceptions.RayError as error:
             raise EngineError("unavailable", f"{self.name} died while it started: {_kind(error)}") from None
+        if self._weights is not None:
+            info.check_weights(self._weights)
         return info
 
     async def run(self, request: Request, until: Callable[[int], bool] | None = None) -> Result:
@@ -186,8 +197,12 @@ def check_capacity(config: EngineConfig, count: int) -> None:
 
 
 async def start_engines(config: EngineConfig, count: int) -> tuple[list[RayEngine], EngineInfo]:
-    """Starts `count` equal engines at once. If one fails, stops them all and raises its error."""
-    engines = [RayEngine(f"engine-{index}", config) for index in range(count)]
+    """Starts `count` equal engines at once, of the weights that lie here. If one fails, stops them all and
+    raises its error."""
+    folder = loading.resolve(resolve_path(config.model))
+    proxies = None if config.proxies is None else resolve_path(config.proxies)
+    weights = loading.weights(folder, proxies)
+    engines = [RayEngine(f"engine-{index}", config, weights=weights) for index in range(count)]
     started = await asyncio.gather(*(engine.start() for engine in engines), return_exceptions=True)
     for outcome in started:
         if isinstance(outcome, BaseException):

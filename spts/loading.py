@@ -82,16 +82,31 @@ def proxies_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def weights(folder: str | os.PathLike[str], proxies: str | os.PathLike[str] | None) -> tuple[str, str | None]:
+    """What names all that is loaded: `fingerprint` of the model, and `proxies_sha256` of its proxies, which
+    are those of `load_proxies`; None if it has none."""
+    path = proxies_folder(folder, proxies)
+    return fingerprint(folder), None if path is None else proxies_sha256(path)
+
+
+def proxies_folder(folder: str | os.PathLike[str], proxies: str | os.PathLike[str] | None) -> Path | None:
+    """Where a model's proxies are: `proxies`, else in the model folder; None if it has none."""
+    from spts.proxy import MANIFEST_FILE
+
+    if proxies is not None:
+        return Path(proxies)
+    default = Path(folder) / PROXIES_FOLDER
+    return default if (default / MANIFEST_FILE).is_file() else None
+
+
 def load_proxies(
     folder: str | os.PathLike[str], proxies: str | os.PathLike[str] | None, *, fingerprint: str
 ) -> Proxies | None:
-    """The proxies in `proxies`, else those in the model folder, else None; raises as `Proxies.load` does."""
-    from spts.proxy import MANIFEST_FILE, Proxies
+    """The proxies in `proxies_folder`, None if there is none; raises as `Proxies.load` does."""
+    from spts.proxy import Proxies
 
-    if proxies is not None:
-        return Proxies.load(proxies, fingerprint=fingerprint)
-    default = Path(folder) / PROXIES_FOLDER
-    return Proxies.load(default, fingerprint=fingerprint) if (default / MANIFEST_FILE).is_file() else None
+    path = proxies_folder(folder, proxies)
+    return None if path is None else Proxies.load(path, fingerprint=fingerprint)
 
 
 def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> Path:

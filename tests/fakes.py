@@ -46,7 +46,9 @@ PEAK_BYTES = 1000  # device memory of a request in flight
 def info(config: EngineConfig) -> EngineInfo:
     return EngineInfo(
         model_name="fake",
+        hosts=("127.0.0.1",) * config.tensor_parallel_size,
         fingerprint="0" * 64,
+        proxies_sha256="1" * 64,
         shape=SHAPE,
         max_context=config.max_model_len or MAX_CONTEXT,
         vocab_size=SHAPE.vocab_size,
@@ -77,8 +79,11 @@ class FakeShard:
         self._answers: dict[str, list[int]] = {}
         self.documents: dict[int, tuple[Layers, tuple[int, ...]]] = {}  # name -> layers, its first tokens
 
-    def host(self) -> tuple[str, int]:
-        return ("127.0.0.1", 0)
+    def host(self) -> str:
+        return "127.0.0.1"
+
+    def meet(self, host: str) -> tuple[str, int]:
+        return (host, 0)
 
     def load(self, address: tuple[str, int]) -> EngineInfo:
         return info(self._config)
@@ -226,7 +231,7 @@ class FakeGroup:
             raise EngineError("unavailable", "no room for the ranks")
         self._lost = asyncio.Event()
         self.ranks = [FakeShard(self._config, rank) for rank in range(self._config.tensor_parallel_size)]
-        return self.ranks[0].load(self.ranks[0].host())
+        return self.ranks[0].load(self.ranks[0].meet(self.ranks[0].host()))
 
     async def step(self, step: Step) -> StepOutput:
         self.steps.append(step)
