@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ class Machines:
         self.env = {
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
             "RAY_ADDRESS": f"{ADDRESSES[0]}:{_PORT}",
             "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # of other tests: 0, which keeps Ray on loopback
@@ -50,32 +51,49 @@ class Machines:
             for device in ("lo", end):
                 _ip("-n", name, "link", "set", device, "up")
 
-    def start(self, index: int, folders: Mapping[Path, Path] | None = None) -> None:
-        """Start Ray on a machine, with one CPU. folders: there path -> another folder of this machine."""
+    def start(
+        self,
+        index: int,
+        *,
+        folders: Mapping[Path, Path] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start Ray on a machine, with one CPU. folders: path -> the folder that is there on this machine.
+        env: what is more in its environment."""
         role = ["--head", "--port", str(_PORT), "--temp-dir", str(self._folder / "ray")]
         if index:
             role = ["--address", self.env["RAY_ADDRESS"]]
         mounts = [str(path) for there, here in (folders or {}).items() for path in (here, there)]
         command = [
-            *("ray", "start", "--block", *role, "--node-ip-address", ADDRESSES[index]),
+            *(
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "start",
+                "--block",
+                *role,
+                "--node-ip-address",
+                ADDRESSES[index],
+            ),
             *("--num-cpus", "1", "--object-store-memory", str(2**27)),
         ]
         log = self._folder / f"machine-{index}.log"
         with log.open("wb") as output:
             ray = self.popen(
-                index, "sh", "-c", _BIND, "sh", *mounts, "--", *command, stdout=output, stderr=output
-            )
+                index, "sh", "-c", _BIND, "sh", *mounts, "--", *command,
+                env={**self.env, **(env or {})}, stdout=output, stderr=output,
+            )  # fmt: skip
         self._rays[index] = ray
         deadline = time.monotonic() + 60
         while "runtime started" not in log.read_text():
             assert ray.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
 
-    def popen(self, index: int, *command: str, **options) -> subprocess.Popen[bytes]:
+    def popen(self, index: int, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command on a machine."""
         return subprocess.Popen(
             ["ip", "netns", "exec", self._names[index], *command],
-            cwd=REPOSITORY, env=self.env, start_new_session=True, **options,
+            cwd=REPOSITORY, start_new_session=True, **{"env": self.env, **options},
         )  # fmt: skip
 
     def run(self, *command: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:

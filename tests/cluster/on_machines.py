@@ -1,6 +1,6 @@
 """What tests of several machines run on the first: one engine whose ranks are on both.
 
-    python -m tests.cluster.on_machines MODEL
+    python -m tests.cluster.on_machines MODEL [DEVICE]
 
 Prints a JSON object a line: what the engine is, its answers, that a stream has begun; then waits for that
 stream's end, whatever it is, and for the engine to answer again.
@@ -21,28 +21,34 @@ from cluster.group import RayGroup
 from cluster.protocol import EngineError, Request
 from spts.errors import SptsError
 from spts.methods import Dense, Method, Spts
-from tests.cluster.tiny import SCHEDULE
+from spts.schedule import Schedule
 
 PROMPT = tuple(range(1, 200))
-METHODS: list[Method] = [Dense(), Spts(schedule=SCHEDULE)]
 
 
 def say(**line: Any) -> None:
     print(json.dumps(line), flush=True)
 
 
-async def main(model: str) -> None:
+def methods(num_layers: int) -> list[Method]:
+    schedule = Schedule.preset("demo-12l", num_layers=num_layers, num_tokens=len(PROMPT))
+    return [Dense(), Spts(schedule=schedule)]
+
+
+async def main(model: str, device: str = "cpu") -> None:
     ray.init(log_to_driver=False)
-    config = EngineConfig(model=model, tensor_parallel_size=2)
+    config = EngineConfig.model_validate({"model": model, "device": device, "tensor_parallel_size": 2})
     engine = Engine(config, RayGroup(config))
     try:
         await engine.start()
-        say(hosts=(await engine.info()).hosts)
-        say(answers=[await answer(engine, method) for method in METHODS])
+        info = await engine.info()
+        say(hosts=info.hosts)
+        asked = methods(info.shape.num_layers)
+        say(answers=[await answer(engine, method) for method in asked])
         say(ended=await stream(engine))
         while not await engine.ready():
             await asyncio.sleep(0.5)
-        say(answers=[await answer(engine, method) for method in METHODS])
+        say(answers=[await answer(engine, method) for method in asked])
     except SptsError as error:
         say(refused=str(error))
     finally:
@@ -71,4 +77,4 @@ async def stream(engine: Engine) -> str:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(*sys.argv[1:]))

@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import spts
 from tests.cluster.conftest import REPOSITORY
-from tests.cluster.on_machines import METHODS, PROMPT
+from tests.cluster.on_machines import PROMPT, methods
 from tests.cluster.tiny import write_model
 from tests.machines import ADDRESSES, Machines, machines
 
@@ -82,12 +85,33 @@ def test_replicas_on_two_machines_and_on_the_one_that_is_left(two, tmp_path):
 
 
 def test_ranks_on_two_machines_answer_as_one_and_come_back(two, tiny_model):
-    whole = spts.load(tiny_model)
-    expected = [list(whole.generate(PROMPT, method, 8).token_ids) for method in METHODS]
+    answer_and_come_back(two, tiny_model)
+
+
+def test_gpus_of_two_machines_answer_as_one_and_come_back():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    # NCCL sees that it is one machine in truth, and must not make use of it.
+    apart = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+    envs = [{**apart, "CUDA_VISIBLE_DEVICES": str(index)} for index in range(2)]
+    with machines() as two:
+        for index, env in enumerate(envs):
+            two.start(index, env=env)
+        answer_and_come_back(two, REPOSITORY / "jobs" / "demo_model", device="cuda", env=envs[1])
+
+
+def answer_and_come_back(
+    two: Machines, model: Path, *, device: str = "cpu", env: Mapping[str, str] | None = None
+) -> None:
+    whole = spts.load(model, device=device)
+    expected = [
+        list(whole.generate(PROMPT, method, 8).token_ids) for method in methods(whole.shape.num_layers)
+    ]
     driver = two.popen(
-        0, "python", "-m", "tests.cluster.on_machines", str(tiny_model),
+        0, sys.executable, "-m", "tests.cluster.on_machines", str(model), device,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    assert driver.stdout is not None and driver.stderr is not None
     try:
         # Ray prints there too, of the machine that it has lost.
         lines = (json.loads(line) for line in driver.stdout if line.startswith(b"{"))
@@ -96,7 +120,7 @@ def test_ranks_on_two_machines_answer_as_one_and_come_back(two, tiny_model):
         assert next(lines) == {"streaming": True}
         two.lose(1)
         assert next(lines) == {"ended": "unavailable"}
-        two.start(1)
+        two.start(1, env=env)
         assert next(lines) == {"answers": expected}
     finally:
         driver.kill()
