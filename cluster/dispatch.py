@@ -4,6 +4,7 @@ be."""
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
@@ -85,13 +86,16 @@ class Dispatcher:
         """`max_context`; engines that have not told are asked. wait: for all of them; else for none, as soon
         as one has told. Raises EngineError "unavailable" while no engine can tell."""
         for name in self._engines:
-            if name not in self._infos and name not in self._asks:
-                self._asks[name] = asyncio.create_task(self._ask(name))
-        asks = [*self._asks.values()]
-        if asks and (wait or not self._infos):
-            await asyncio.wait(asks)
+            ask = self._asks.get(name)
+            if name not in self._infos and (ask is None or ask.done()):
+                # In a context of its own: it is no part of the request that happens to come first.
+                self._asks[name] = asyncio.create_task(self._ask(name), context=contextvars.Context())
+        asks = waiting = {*self._asks.values()}
+        first = asyncio.ALL_COMPLETED if wait else asyncio.FIRST_COMPLETED
+        while waiting and (wait or not self._infos):
+            _, waiting = await asyncio.wait(waiting, return_when=first)
         if not self._infos:
-            raise next(error for ask in asks if (error := ask.result()))
+            raise next(error for ask in asks if (error := _failure(ask)))
         return self.max_context
 
     async def ready(self) -> dict[str, bool]:
@@ -339,8 +343,6 @@ class Dispatcher:
             await self._info(name)
         except EngineError as error:
             return error
-        finally:
-            del self._asks[name]
         return None
 
     async def _is_ready(self, name: str) -> bool:
@@ -349,6 +351,12 @@ class Dispatcher:
             return await _soon(self._engines[name].ready())
         except EngineError:
             return False
+
+
+def _failure(ask: asyncio.Task[EngineError | None]) -> EngineError | None:
+    if ask.cancelled():
+        return EngineError("unavailable", "the engine was not asked to the end; retry later")
+    return ask.result()
 
 
 async def _soon(answer: Awaitable[Value]) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import time
 
@@ -20,7 +21,7 @@ from cluster.router import Router
 from spts.methods import Spts
 from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint, error_of, events
 from tests.cluster.tiny import SCHEDULE
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, info
 
 
 async def refused(client: httpx.AsyncClient, **fields) -> dict:
@@ -266,6 +267,82 @@ async def test_an_engine_that_loads_longer_than_others_is_waited_for_before_a_le
         assert (await client.get("v1/models/tiny")).json()["max_model_len"] == 512
         much = await client.post(COMPLETIONS, json=completion(prompt="x" * (16 * 512 + 1)))
         assert much.status_code == 413
+
+
+@pytest.fixture
+async def asked(folder, tokenizer):
+    """A dispatcher of two engines, which answer `info` as the test has them."""
+    engines = {name: {"model": str(folder)} for name in ("short", "long")}
+    config = AppConfig.model_validate({"engines": engines, "pools": SHORT_AND_LONG})
+    fakes = {name: FakeEngine(engine) for name, engine in config.engines.items()}
+    return Dispatcher(config, fakes, tokenizer), fakes
+
+
+async def test_the_first_engine_to_tell_is_enough_unless_all_are_waited_for(asked, monkeypatch):
+    dispatcher, fakes = asked
+    told = asyncio.Event()
+
+    async def loading():
+        await told.wait()
+        return info(fakes["long"]._config)
+
+    monkeypatch.setattr(fakes["long"], "info", loading)
+    await fakes["short"].start()
+    async with asyncio.timeout(1):
+        assert await dispatcher.longest() is None, "the other one may take more"
+    assert dispatcher.known_context == 512
+    everyone = asyncio.create_task(dispatcher.longest(wait=True))
+    await asyncio.sleep(0.05)
+    assert not everyone.done()
+    told.set()
+    assert await everyone == 512
+    await fakes["short"].shutdown()
+
+
+async def test_an_engine_that_fails_first_does_not_hide_one_that_tells(asked, monkeypatch):
+    dispatcher, fakes = asked
+
+    async def late():
+        await asyncio.sleep(0.05)
+        return info(fakes["long"]._config)
+
+    monkeypatch.setattr(fakes["long"], "info", late)  # the short one has not been started
+    assert await dispatcher.longest() is None
+    assert dispatcher.known_context == 512
+
+
+async def test_engines_are_asked_in_no_requests_context(asked, monkeypatch):
+    dispatcher, fakes = asked
+    request_id = contextvars.ContextVar("request_id", default="none")
+    seen: list[str] = []
+
+    async def noting():
+        seen.append(request_id.get())
+        return info(fakes["short"]._config)
+
+    for fake in fakes.values():
+        monkeypatch.setattr(fake, "info", noting)
+    request_id.set("of the first request")
+    await dispatcher.longest(wait=True)
+    assert seen == ["none", "none"]
+
+
+async def test_a_question_that_is_cancelled_is_an_engine_that_is_not_there(asked, monkeypatch):
+    dispatcher, fakes = asked
+
+    async def cancelled():
+        raise asyncio.CancelledError
+
+    for fake in fakes.values():
+        monkeypatch.setattr(fake, "info", cancelled)
+    with pytest.raises(EngineError, match="retry later") as caught:
+        await dispatcher.longest()
+    assert caught.value.kind == "unavailable"
+    monkeypatch.undo()
+    await fakes["short"].start()
+    assert await dispatcher.longest(wait=True) is None, "both are asked again"
+    assert dispatcher.known_context == 512
+    await fakes["short"].shutdown()
 
 
 async def test_all_of_a_request_has_one_deadline_from_its_arrival(folder):
