@@ -299,23 +299,22 @@ class Dispatcher:
     async def _send(self, name: str, request: Request, job: Job) -> AsyncGenerator[Chunk, None]:
         """The answer of the engine `name`; of another replica or engine, if it is lost before its first
         token. An engine gets the time that is left of the job's."""
-        begun = False
-        try:
+        may_move = True  # once, and not after a token
+        while True:
             timed = replace(request, deadline_s=job.left_s)
-            async with aclosing(self._engines[name].generate(timed)) as chunks:
-                async for chunk in chunks:
-                    begun = True
-                    yield chunk
-            return
-        except EngineError as error:
-            other = None if begun or error.kind != "unavailable" else await self._elsewhere(name, request)
-            if other is None:
-                raise
-            logger.warning("request %s goes to engine %s: %s", request.request_id, other, error)
-        timed = replace(request, deadline_s=job.left_s)
-        async with aclosing(self._engines[other].generate(timed)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+            try:
+                async with aclosing(self._engines[name].generate(timed)) as chunks:
+                    async for chunk in chunks:
+                        may_move = False
+                        yield chunk
+                return
+            except EngineError as error:
+                may_move = may_move and error.kind == "unavailable"
+                other = await self._elsewhere(name, request) if may_move else None
+                if other is None:
+                    raise
+                logger.warning("request %s goes to engine %s: %s", request.request_id, other, error)
+                name, may_move = other, False
 
     async def _elsewhere(self, name: str, request: Request) -> str | None:
         """The engine itself if it has another replica that is ready, else another engine that is ready and
