@@ -153,13 +153,13 @@ class Dispatcher:
                 "one",
                 "spts.activity",
             )
+        limit = body.token_limit()
         # One pool for a batch, by its longest prompt: one HTTP request, one engine, one method in its usage.
-        pool, method = self._pool(max(map(len, prompts)))
+        pool, method = self._pool(max(map(len, prompts)), limit or 1)
         method = self._chosen_method(body, method)
         info = await self._info(pool.engine)
         requests = []
         for index, token_ids in enumerate(prompt for prompt in prompts for _ in range(n)):
-            limit = body.token_limit()
             request = Request(
                 request_id=f"{request_id}-{index}",
                 token_ids=token_ids,
@@ -225,13 +225,19 @@ class Dispatcher:
             check_request(follow, info)
         return Echo(text=text, token_ids=token_ids, request=follow)
 
-    def _pool(self, prompt_tokens: int) -> tuple[PoolConfig, Method]:
-        """The first pool whose prompts may be this long; the last one takes any."""
-        return next(
+    def _pool(self, prompt_tokens: int, new_tokens: int) -> tuple[PoolConfig, Method]:
+        """The first pool whose prompts may be this long and whose engine, if it has told, has room for the
+        answer too; else the first whose prompts may be this long. The last one takes any."""
+        pools = [
             (pool, method)
             for pool, method in zip(self._config.pools, self._methods, strict=True)
             if pool.max_prompt_tokens is None or prompt_tokens <= pool.max_prompt_tokens
-        )
+        ]
+        for pool, method in pools:
+            info = self._infos.get(pool.engine)
+            if info is None or prompt_tokens + new_tokens <= info.max_context:
+                return pool, method
+        return pools[0]
 
     def _chosen_method(self, body: GenerationBody, of_pool: Method) -> Method:
         """The request's own method, else the pool's. What it does not say is as the last pool of that method

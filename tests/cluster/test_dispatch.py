@@ -377,6 +377,28 @@ async def test_a_request_that_is_late_already_is_not_begun(folder, tokenizer):
     await engine.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "length", "engine"),
+    [(14, 50, "short"), (15, 50, "long"), (None, 48, "short"), (462, 50, "long"), (463, 50, None)],
+)
+async def test_an_answer_that_its_pools_engine_has_no_room_for_comes_from_a_later_one(
+    folder, max_tokens, length, engine
+):
+    """A prompt of the short pool whose answer is long, of an engine with a context of 64."""
+    async with two_engines(folder, SHORT_AND_LONG, lengths={"short": 64}) as (client, fakes):
+        await client.get("ready")
+        before = {name: len(started(fake)) for name, fake in fakes.items()}
+        body = completion(prompt=[7] * length, max_tokens=max_tokens)
+        answer = await client.post(COMPLETIONS, json=body)
+        begun = [name for name, fake in fakes.items() if len(started(fake)) > before[name]]
+    if engine is None:
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+        assert "the context of 64 tokens, got 50 + 463" in error_of(answer)["message"], "of its own pool"
+    else:
+        assert (answer.status_code, begun) == (200, [engine])
+        assert answer.json()["usage"]["spts"]["method"] == {"short": "dense", "long": "spts"}[engine]
+
+
 async def test_an_overloaded_engine_is_said_to_be_so_not_left(folder):
     pools = [{**POOLS[0], "engine": "short"}, {**POOLS[1], "engine": "long"}]
     async with two_engines(folder, pools) as (client, fakes):
