@@ -110,6 +110,11 @@ class ServedEngineConfig(EngineConfig):
         """The most replicas that there may be."""
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
+    @property
+    def max_requests(self) -> int:
+        """The most requests that may run and wait at once, in all replicas that there may be."""
+        return (self.max_running + self.max_waiting) * self.max_replicas
+
 
 class PoolConfig(Strict):
     """One row of the router's table: prompts of up to `max_prompt_tokens` (None = any) run `method` on

@@ -156,6 +156,14 @@ class Dispatcher:
         limit = body.token_limit()
         # One pool for a batch, by its longest prompt: one HTTP request, one engine, one method in its usage.
         pool, method = self._pool(max(map(len, prompts)), limit or 1)
+        most = self._config.engines[pool.engine].max_requests
+        if len(prompts) * n > most:  # a 503 would have it sent again, for ever
+            raise ApiError(
+                "invalid_request",
+                f"prompts x n must be at most {most}, which is all that engine {pool.engine} may run and "
+                f"have wait at once, got {len(prompts)} x {n}; send fewer",
+                "n" if n > 1 else "prompt",
+            )
         method = self._chosen_method(body, method)
         info = await self._info(pool.engine)
         requests = []

@@ -331,14 +331,36 @@ async def test_a_full_engine_is_503_with_retry_after(folder):
 
 
 async def test_one_refused_choice_fails_the_request_and_frees_the_others(folder):
-    async with endpoint(folder, step_s=0.002, engine={"max_running": 2, "max_waiting": 0}) as (
+    async with endpoint(folder, step_s=0.002, engine={"max_running": 2, "max_waiting": 1}) as (
         client,
         engine,
     ):
+        first = asyncio.create_task(client.post(COMPLETIONS, json=completion(max_tokens=50)))
+        await asyncio.sleep(0.03)
         answer = await client.post(COMPLETIONS, json=completion(n=3, max_tokens=200))
         assert answer.status_code == 503
+        assert (await first).status_code == 200
         await asyncio.sleep(0.1)
         assert engine.group.ranks[0].num_cached == 0
+
+
+@pytest.mark.parametrize(
+    ("replicas", "most"),
+    [({}, 3), ({"replicas": 2}, 6), ({"autoscaling": {"max_replicas": 3}}, 9)],
+    ids=["one", "several", "autoscaled"],
+)
+async def test_a_batch_that_no_queue_ever_holds_is_not_to_be_sent_again(folder, replicas, most):
+    async with endpoint(folder, engine={"max_running": 1, "max_waiting": 2, **replicas}) as (client, engine):
+        steps = len(engine.group.steps)
+        for batch, param in (({"n": most + 1}, "n"), ({"prompt": ["fox"] * (most + 1)}, "prompt")):
+            answer = await client.post(COMPLETIONS, json=completion(**batch))
+            assert answer.status_code == 400
+            error = error_of(answer)
+            assert (error["param"], error["code"]) == (param, "invalid_value")
+            assert f"prompts x n must be at most {most}, which is all that engine default" in error["message"]
+        assert len(engine.group.steps) == steps
+        answer = await client.post(COMPLETIONS, json=completion(n=most))  # it may fit, though not into one
+        assert answer.status_code == (200 if most == 3 else 503)
 
 
 @pytest.mark.parametrize("stream", [False, True])
