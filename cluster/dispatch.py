@@ -8,7 +8,7 @@ import contextvars
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 5.0
 # Seconds for which /ready says the same again: it asks every replica, and needs no key.
 READY_AGE_S = 1.0
-# Tokens of a prompt from which on it is checked in a thread, as streams must not wait for the milliseconds.
+# Tokens of prompts from which on they are checked in a thread, as streams must not wait for the milliseconds.
 MANY_TOKENS = 1 << 16
 
 Value = TypeVar("Value")
@@ -180,11 +180,8 @@ class Dispatcher:
                 activity_bins=activity_bins,
                 ignore_eos=bool(body.ignore_eos),
             )
-            if len(token_ids) < MANY_TOKENS:
-                check_request(request, info)
-            else:
-                await asyncio.to_thread(check_request, request, info)
             requests.append(request)
+        await _check(requests[::n], info)  # the choices of a prompt differ in nothing that is checked
         texts = [text for text in body.echoed for _ in range(n)]
         echoes = [self._echo(request, text, info) for request, text in zip(requests, texts, strict=False)]
         job = Job(
@@ -339,7 +336,7 @@ class Dispatcher:
             fits = pool.max_prompt_tokens is None or len(request.token_ids) <= pool.max_prompt_tokens
             if fits and pool.engine != name and await self._is_ready(pool.engine):
                 try:
-                    check_request(request, self._infos[pool.engine])
+                    await _check([request], self._infos[pool.engine])
                 except EngineError:
                     continue
                 return pool.engine
@@ -364,6 +361,19 @@ class Dispatcher:
             return await _soon(self._engines[name].ready())
         except EngineError:
             return False
+
+
+async def _check(requests: Sequence[Request], info: EngineInfo) -> None:
+    """`check_request` of each."""
+
+    def check() -> None:
+        for request in requests:
+            check_request(request, info)
+
+    if sum(len(request.token_ids) for request in requests) < MANY_TOKENS:
+        check()
+    else:
+        await asyncio.to_thread(check)
 
 
 def _failure(ask: asyncio.Task[EngineError | None]) -> EngineError | None:

@@ -79,6 +79,27 @@ async def test_what_takes_long_to_read_is_read_beside_the_event_loop(folder, mon
         assert threads["check_request"].isdisjoint(own)
 
 
+@pytest.mark.parametrize(("length", "beside"), [(2**15 - 1, False), (2**15, True)])
+async def test_a_batchs_prompts_are_checked_together_and_each_once(folder, monkeypatch, length, beside):
+    checked: list[tuple[int, ...]] = []
+    threads: set[int] = set()
+    check_request = importlib.import_module("cluster.dispatch").check_request
+
+    def noted(request, info):
+        checked.append(request.token_ids)
+        threads.add(threading.get_ident())
+        check_request(request, info)
+
+    monkeypatch.setattr("cluster.dispatch.check_request", noted)
+    prompts = [[7] * length, [8] * (length - 1) + [298]]  # no id of the vocabulary: nothing is computed
+    async with endpoint(folder, engine={"max_model_len": 2**17}) as (client, _):
+        answer = await client.post(COMPLETIONS, json=completion(prompt=prompts, n=3))
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "prompt")
+    assert checked == [*map(tuple, prompts)]
+    assert len(threads) == 1
+    assert (threading.get_ident() not in threads) == beside
+
+
 async def test_too_many_prompts_are_refused_before_any_is_encoded(folder, monkeypatch):
     async with endpoint(folder) as (client, _):
         encode = MagicMock(return_value=(1,))
