@@ -33,6 +33,8 @@ ANSWER_S = 5.0
 READY_AGE_S = 1.0
 # Tokens of prompts from which on they are checked in a thread, as streams must not wait for the milliseconds.
 MANY_TOKENS = 1 << 16
+# The largest attention_density below 1 that a request may bring: on a GPU, more of it is slower than dense.
+MAX_DENSITY = 0.5
 
 Value = TypeVar("Value")
 
@@ -286,6 +288,13 @@ class Dispatcher:
             return
         least, most = self._config.min_budget_tokens, self._config.most_budget_tokens
         schedule: Schedule = method.schedule  # type: ignore[attr-defined]  # dense brought none
+        if MAX_DENSITY < schedule.attention_density < 1:
+            raise ApiError(
+                "invalid_request",
+                f"spts.schedule.attention_density must be at most {MAX_DENSITY}, or 1, got "
+                f"{schedule.attention_density}; more costs more than reading every key",
+                "spts.schedule.attention_density",
+            )
         for stage in schedule.stages:
             budget = min(stage.active_tokens, stage.keep_tokens or stage.active_tokens)
             if budget < least:

@@ -73,9 +73,8 @@ async def test_no_budget_of_a_request_is_larger_than_those_of_the_pools(folder, 
 
 
 async def test_a_request_may_choose_the_density_of_attention(folder):
-    """Whatever it is, the prompt costs less than without."""
     async with endpoint(folder) as (client, engine):
-        for density in (0.01, 1):
+        for density in (0.01, 0.5, 1):
             spts = {"method": "spts", "schedule": {**SCHEDULE.to_dict(), "attention_density": density}}
             assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
             started = [step.start.method for step in engine.group.steps if step.start is not None]
@@ -86,6 +85,20 @@ async def test_a_request_may_choose_the_density_of_attention(folder):
             assert (
                 f"attention_density must be a number above 0 and at most 1, got {said};" in error["message"]
             )
+
+
+async def test_no_density_of_a_request_costs_more_than_dense_attention(folder):
+    """What a pool's is, its operator knows."""
+    sparse = {**SCHEDULE.to_dict(), "attention_density": 0.7}
+    preset = {"preset": "demo-12l", "attention_density": 0.7}
+    pools = [{"method": {"name": "spts", "schedule": sparse}}]
+    async with endpoint(folder, pools=pools) as (client, _):
+        for schedule in (sparse, preset, {**sparse, "attention_density": 0.501}):
+            error = await refused(client, spts={"method": "spts", "schedule": schedule})
+            assert error["param"] == "spts.schedule.attention_density"
+            assert "attention_density must be at most 0.5, or 1, got 0." in error["message"]
+        for spts in (None, {"method": "spts"}, {"method": "recency"}):
+            assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
 
 
 async def test_what_a_choice_leaves_open_is_as_configured(folder):
