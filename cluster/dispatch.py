@@ -168,6 +168,7 @@ class Dispatcher:
             )
         method = self._chosen_method(body, method)
         info = await self._info(pool.engine)
+        stop_token_ids = self._tokenizer.special_ids(body.stops)  # of text that no answer's text has
         requests = []
         for index, token_ids in enumerate(prompt for prompt in prompts for _ in range(n)):
             request = Request(
@@ -178,7 +179,7 @@ class Dispatcher:
                 max_new_tokens=max(1, min(self._config.default_max_tokens, info.max_context - len(token_ids)))
                 if limit is None
                 else limit,
-                sampling=_sampling(body, index),
+                sampling=_sampling(body, index, stop_token_ids),
                 activity_bins=activity_bins,
                 ignore_eos=bool(body.ignore_eos),
             )
@@ -398,7 +399,7 @@ async def _soon(answer: Awaitable[Value]) -> Value:
         raise EngineError("unavailable", "the engine is loading or restarting; retry later") from None
 
 
-def _sampling(body: GenerationBody, index: int) -> Sampling:
+def _sampling(body: GenerationBody, index: int, stop_token_ids: tuple[int, ...]) -> Sampling:
     """OpenAI's defaults where the body says nothing. Choices of one seed differ by their index, and
     repeat."""
     return Sampling(
@@ -406,5 +407,6 @@ def _sampling(body: GenerationBody, index: int) -> Sampling:
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k or 0),
         seed=None if body.seed is None else (body.seed + index + 2**63) % 2**64 - 2**63,
+        stop_token_ids=stop_token_ids,
         logprobs=body.num_logprobs(),
     )
