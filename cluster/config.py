@@ -235,6 +235,14 @@ class AppConfig(Strict):
         """The model that every engine runs."""
         return next(iter(self.engines.values())).model
 
+    def methods_on(self, engine: str) -> dict[str, dict[str, Any]]:
+        """By their keys, the methods that may run on an engine: its own pools', and those that a request may
+        choose wherever its prompt's length sends it, of each of `allowed_methods` the last pool's."""
+        own = {index for index, pool in enumerate(self.pools) if pool.engine == engine}
+        last = {pool.method["name"]: index for index, pool in enumerate(self.pools)}
+        chosen = {last[name] for name in self.allowed_methods if own and name in last}
+        return {f"pools.{index}.method": self.pools[index].method for index in sorted(own | chosen)}
+
     @property
     def most_budget_tokens(self) -> int | None:
         """`max_budget_tokens`, or what it is by default; None = no limit."""
@@ -271,8 +279,8 @@ def parse_method(data: Mapping[str, Any]) -> Method:
 
 
 def check_pools(app: AppConfig) -> None:
-    """Raise ConfigError for a pool whose method cannot run on the model: a schedule for another depth, no
-    proxies.
+    """Raise ConfigError for a pool whose method cannot run on the model (a schedule for another depth, no
+    proxies), and for one that another pool's engine cannot run, though requests may choose it there.
 
     Looks into the model's folder. Of a hub id, or a folder on other machines, only the engines can tell.
     """
@@ -282,6 +290,16 @@ def check_pools(app: AppConfig) -> None:
     for index, pool in enumerate(app.pools):
         proxies = app.engines[pool.engine].proxies
         check_method(parse_method(pool.method), folder, proxies, where=f"pools.{index}.method")
+    for name, engine in app.engines.items():
+        for where, method in app.methods_on(name).items():
+            try:
+                check_method(parse_method(method), folder, engine.proxies, where=where)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"engines.{name} must run every method that a request may choose, got {where}, which it "
+                    f"cannot: {error}, or leave it out of allowed_methods",
+                    field=f"engines.{name}",
+                ) from None
 
 
 def check_method(method: Method, folder: Path, proxies: str | None = None, *, where: str = "method") -> None:
