@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.origins import check_origins
-from cluster.strict import Strict, explain, parse, refuse_unknown_keys
+from cluster.strict import Strict, brief, explain, parse, refuse_unknown_keys
 from cluster.yaml_file import read_yaml
 from spts import methods
 from spts.errors import ConfigError, check_keys
@@ -269,7 +269,7 @@ def parse_method(data: Mapping[str, Any]) -> Method:
         name = schedule["preset"]
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(
-                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {name!r}; "
+                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {brief(name)}; "
                 "correct it",
                 field="method.schedule",
             )

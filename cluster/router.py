@@ -33,6 +33,7 @@ from cluster.openapi import openapi
 from cluster.page import page_files
 from cluster.protocol import EngineError
 from cluster.request_id import RequestId
+from cluster.strict import brief
 from cluster.tokenizer import TextTokenizer
 from cluster.tokens import DetokenizeBody, TokenizeBody
 from spts.errors import SptsError
@@ -228,7 +229,7 @@ class Router:
         if name not in (None, self._config.model_name):
             raise ApiError(
                 "model_not_found",
-                f"model must be {self._config.model_name}, got {name!r}; see /v1/models",
+                f"model must be {self._config.model_name}, got {brief(name)}; see /v1/models",
                 "model",
             )
 
