@@ -50,6 +50,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 FORMS = {
     "prompt": "text, token ids, or a list of either",
     "stop": "a string or a list of strings",
+    "spts.schedule": "an object or a preset's name",
 }
 OBJECTS = frozenset({"spts", "stream_options"})
 

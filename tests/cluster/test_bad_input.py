@@ -87,7 +87,13 @@ BAD = [
     (COMPLETIONS, completion(spts={"method": "magic"}), "spts.method", "invalid_value", "one of dense, spts"),
     (COMPLETIONS, completion(spts={"methd": "dense"}), "spts.methd", "unsupported_parameter", "spts.methd"),
     (COMPLETIONS, completion(spts={"seed": -1}), "spts.seed", "invalid_value", "spts.seed must be greater"),
-    (COMPLETIONS, completion(spts={"schedule": 3}), "spts.schedule", "invalid_value", "got 3"),
+    (
+        COMPLETIONS,
+        completion(spts={"schedule": 3}),
+        "spts.schedule",
+        "invalid_value",
+        "spts.schedule must be an object or a preset's name, got 3;",
+    ),
     (COMPLETIONS, completion(spts=3), "spts", "invalid_value", "got 3"),
     (COMPLETIONS, completion(stop=[""]), "stop", "invalid_value", "stop must be at most 16"),
     (
