@@ -154,13 +154,13 @@ class Router:
         body = await self._body(http, TokenizeBody)
         self._check_model(body.model)
         await self._check_length(body.num_characters, "messages" if body.messages else "prompt")
-        tokens = await asyncio.to_thread(body.tokens, self._tokenizer)
+        tokens, texts = await asyncio.to_thread(body.tokens, self._tokenizer)
         return JSONResponse(
             {
                 "count": len(tokens),
                 "max_model_len": await self._dispatcher.longest(wait=True),
                 "tokens": tokens,
-                "token_strs": [*map(self._tokenizer.token_text, tokens)] if body.return_token_strs else None,
+                "token_strs": texts,
             }
         )
 
