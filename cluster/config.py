@@ -35,10 +35,11 @@ class EngineConfig(Strict):
     tokens is never divided (`spts.prefill`). null = a prefill is never sliced.
     kv_cache_bytes: memory on each rank for what requests hold while they are computed and for what is kept of
     prompts; null = 90 % of what a GPU has free once the model is loaded, and a fifth of what memory a CPU
-    machine has free, shared by the ranks. One dense request of max_model_len must fit.
+    machine has free, shared by the ranks. One dense request of max_model_len must fit, and one of the last
+    pool's method if it runs here.
     prefix_cache_bytes: of these, the most that is kept of prompts for others that begin alike, the least
     recently used dropped first, and earlier when requests need the room; `spts.cost.prefix_bytes` says what a
-    prompt takes, and one that takes more is not kept. 0 = nothing is kept.
+    prompt takes, and of one that takes more its first tokens that fit are kept. 0 = nothing is kept.
     start_timeout_s: to load the model. step_timeout_s: a step that takes longer means a rank hangs, and the
     group restarts. max_restarts: failed starts in a row after which the engine gives up.
     heartbeat_timeout_s: a step that takes longer makes the engine not ready until it ends; when it has not
