@@ -20,6 +20,8 @@ from spts.sampling import MAX_LOGPROBS
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_ACTIVITY_BINS = 512
+# Of objects and lists within each other in a schedule, which has three: more could not be quoted in an error.
+MAX_SCHEDULE_LEVELS = 8
 
 # Fields of the OpenAI API that this server has not, and the values (besides null) that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -48,6 +50,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 FORMS = {
     "prompt": "text, token ids, or a list of either",
     "stop": "a string or a list of strings",
+    "spts.schedule": "an object or a preset's name",
 }
 OBJECTS = frozenset({"spts", "stream_options"})
 
@@ -98,6 +101,16 @@ class SptsOptions(Body):
     schedule: dict[str, Any] | str | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     activity: int | None = Field(default=None, ge=1, le=MAX_ACTIVITY_BINS)
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_is_flat(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        if _has_more_levels(value, MAX_SCHEDULE_LEVELS):
+            raise ValueError(
+                f"schedule must be nested at most {MAX_SCHEDULE_LEVELS} levels deep, got "
+                f"{brief(value)}; flatten it"
+            )
+        return value
 
 
 class GenerationBody(Body):
@@ -324,6 +337,13 @@ def _first_fault(error: ValidationError, model: type[Body]) -> ApiError:
         got = brief(fault["input"])
         return ApiError("invalid_request", f"{param} must be {FORMS[param]}, got {got}; correct it", param)
     return ApiError("invalid_request", explain(fault, model), param)
+
+
+def _has_more_levels(value: object, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_has_more_levels(each, levels - 1) for each in inner)
 
 
 def _param(fault: Mapping[str, Any]) -> str | None:

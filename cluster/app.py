@@ -15,15 +15,18 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from starlette.types import ASGIApp
 
 from cluster import placement
+from cluster.admission import check_request
 from cluster.autoscaling import QUEUED_PREFILL_TOKENS, QueuedPrefillPolicy
 from cluster.balance import Balance
 from cluster.config import AppConfig, EngineConfig, ServedEngineConfig, check_pools, parse_method
 from cluster.engine import Engine
 from cluster.keys import read_keys
+from cluster.protocol import EngineError, Request
 from cluster.replica_router import ReplicaRouter
 from cluster.replicas import REPORT_PERIOD_S, ServeEngine, routing_stats
 from cluster.router import Router
 from cluster.strict import parse
+from spts.errors import ConfigError
 
 ROUTER = "Router"
 # Requests that a replica may hold open. More than can come: the engine's own queue is what is bounded, and
@@ -36,16 +39,26 @@ GOODBYE_S = 30.0
 
 
 class EngineDeployment(Engine):
-    """An engine that is ready when its replica is."""
+    """An engine that is ready when its replica is. runs: what it has to be able to run, `methods` or not, by
+    the keys of the configuration."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
-        self, config: dict[str, Any], methods: list[dict[str, Any]]
+        self, config: dict[str, Any], methods: list[dict[str, Any]], runs: dict[str, dict[str, Any]]
     ) -> None:
         log_as_serve_does()
         super().__init__(
             EngineConfig.model_validate(config), methods=[parse_method(method) for method in methods]
         )
-        await self.start()
+        info = await self.start()
+        for where, method in runs.items():  # of a hub id, only now is known what it can run
+            shortest = Request(
+                request_id=where, token_ids=(0,), method=parse_method(method), max_new_tokens=1
+            )
+            try:
+                check_request(shortest, info)
+            except EngineError as error:
+                await self.shutdown()
+                raise ConfigError(f"{where}: {error.message}", field=where) from None
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What `cluster.replica_router` is told; Serve asks."""
@@ -67,6 +80,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
             engine.model_dump(include=set(EngineConfig.model_fields)),
             # Pools of shorter prompts have no part in how long a prompt may be.
             [pool.method for pool in config.pools if pool.engine == name and pool.max_prompt_tokens is None],
+            config.methods_on(name),
         )
         for name, engine in config.engines.items()
     }

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.origins import check_origins
-from cluster.strict import Strict, explain, parse, refuse_unknown_keys
+from cluster.strict import Strict, brief, explain, parse, refuse_unknown_keys
 from cluster.yaml_file import read_yaml
 from spts import methods
 from spts.errors import ConfigError, check_keys
@@ -35,10 +35,11 @@ class EngineConfig(Strict):
     tokens is never divided (`spts.prefill`). null = a prefill is never sliced.
     kv_cache_bytes: memory on each rank for what requests hold while they are computed and for what is kept of
     prompts; null = 90 % of what a GPU has free once the model is loaded, and a fifth of what memory a CPU
-    machine has free, shared by the ranks. One dense request of max_model_len must fit.
+    machine has free, shared by the ranks. One dense request of max_model_len must fit, and one of the last
+    pool's method if it runs here.
     prefix_cache_bytes: of these, the most that is kept of prompts for others that begin alike, the least
     recently used dropped first, and earlier when requests need the room; `spts.cost.prefix_bytes` says what a
-    prompt takes, and one that takes more is not kept. 0 = nothing is kept.
+    prompt takes, and of one that takes more its first tokens that fit are kept. 0 = nothing is kept.
     start_timeout_s: to load the model. step_timeout_s: a step that takes longer means a rank hangs, and the
     group restarts. max_restarts: failed starts in a row after which the engine gives up.
     heartbeat_timeout_s: a step that takes longer makes the engine not ready until it ends; when it has not
@@ -109,6 +110,11 @@ class ServedEngineConfig(EngineConfig):
     def max_replicas(self) -> int:
         """The most replicas that there may be."""
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+    @property
+    def max_requests(self) -> int:
+        """The most requests that may run and wait at once, in all replicas that there may be."""
+        return (self.max_running + self.max_waiting) * self.max_replicas
 
 
 class PoolConfig(Strict):
@@ -230,6 +236,14 @@ class AppConfig(Strict):
         """The model that every engine runs."""
         return next(iter(self.engines.values())).model
 
+    def methods_on(self, engine: str) -> dict[str, dict[str, Any]]:
+        """By their keys, the methods that may run on an engine: its own pools', and those that a request may
+        choose wherever its prompt's length sends it, of each of `allowed_methods` the last pool's."""
+        own = {index for index, pool in enumerate(self.pools) if pool.engine == engine}
+        last = {pool.method["name"]: index for index, pool in enumerate(self.pools)}
+        chosen = {last[name] for name in self.allowed_methods if own and name in last}
+        return {f"pools.{index}.method": self.pools[index].method for index in sorted(own | chosen)}
+
     @property
     def most_budget_tokens(self) -> int | None:
         """`max_budget_tokens`, or what it is by default; None = no limit."""
@@ -256,7 +270,7 @@ def parse_method(data: Mapping[str, Any]) -> Method:
         name = schedule["preset"]
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(
-                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {name!r}; "
+                f"method.schedule must be a schedule or one of {', '.join(PRESETS)}, got {brief(name)}; "
                 "correct it",
                 field="method.schedule",
             )
@@ -266,8 +280,8 @@ def parse_method(data: Mapping[str, Any]) -> Method:
 
 
 def check_pools(app: AppConfig) -> None:
-    """Raise ConfigError for a pool whose method cannot run on the model: a schedule for another depth, no
-    proxies.
+    """Raise ConfigError for a pool whose method cannot run on the model (a schedule for another depth, no
+    proxies), and for one that another pool's engine cannot run, though requests may choose it there.
 
     Looks into the model's folder. Of a hub id, or a folder on other machines, only the engines can tell.
     """
@@ -277,6 +291,16 @@ def check_pools(app: AppConfig) -> None:
     for index, pool in enumerate(app.pools):
         proxies = app.engines[pool.engine].proxies
         check_method(parse_method(pool.method), folder, proxies, where=f"pools.{index}.method")
+    for name, engine in app.engines.items():
+        for where, method in app.methods_on(name).items():
+            try:
+                check_method(parse_method(method), folder, engine.proxies, where=where)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"engines.{name} must run every method that a request may choose, got {where}, which it "
+                    f"cannot: {error}, or leave it out of allowed_methods",
+                    field=f"engines.{name}",
+                ) from None
 
 
 def check_method(method: Method, folder: Path, proxies: str | None = None, *, where: str = "method") -> None:

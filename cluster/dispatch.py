@@ -4,10 +4,11 @@ be."""
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -30,8 +31,10 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 5.0
 # Seconds for which /ready says the same again: it asks every replica, and needs no key.
 READY_AGE_S = 1.0
-# Tokens of a prompt from which on it is checked in a thread, as streams must not wait for the milliseconds.
+# Tokens of prompts from which on they are checked in a thread, as streams must not wait for the milliseconds.
 MANY_TOKENS = 1 << 16
+# The largest attention_density below 1 that a request may bring: on a GPU, more of it is slower than dense.
+MAX_DENSITY = 0.5
 
 Value = TypeVar("Value")
 
@@ -85,13 +88,16 @@ class Dispatcher:
         """`max_context`; engines that have not told are asked. wait: for all of them; else for none, as soon
         as one has told. Raises EngineError "unavailable" while no engine can tell."""
         for name in self._engines:
-            if name not in self._infos and name not in self._asks:
-                self._asks[name] = asyncio.create_task(self._ask(name))
-        asks = [*self._asks.values()]
-        if asks and (wait or not self._infos):
-            await asyncio.wait(asks)
+            ask = self._asks.get(name)
+            if name not in self._infos and (ask is None or ask.done()):
+                # In a context of its own: it is no part of the request that happens to come first.
+                self._asks[name] = asyncio.create_task(self._ask(name), context=contextvars.Context())
+        asks = waiting = {*self._asks.values()}
+        first = asyncio.ALL_COMPLETED if wait else asyncio.FIRST_COMPLETED
+        while waiting and (wait or not self._infos):
+            _, waiting = await asyncio.wait(waiting, return_when=first)
         if not self._infos:
-            raise next(error for ask in asks if (error := ask.result()))
+            raise next(error for ask in asks if (error := _failure(ask)))
         return self.max_context
 
     async def ready(self) -> dict[str, bool]:
@@ -149,13 +155,22 @@ class Dispatcher:
                 "one",
                 "spts.activity",
             )
+        limit = body.token_limit()
         # One pool for a batch, by its longest prompt: one HTTP request, one engine, one method in its usage.
-        pool, method = self._pool(max(map(len, prompts)))
+        pool, method = self._pool(max(map(len, prompts)), limit or 1)
+        most = self._config.engines[pool.engine].max_requests
+        if len(prompts) * n > most:  # a 503 would have it sent again, for ever
+            raise ApiError(
+                "invalid_request",
+                f"prompts x n must be at most {most}, which is all that engine {pool.engine} may run and "
+                f"have wait at once, got {len(prompts)} x {n}; send fewer",
+                "n" if n > 1 else "prompt",
+            )
         method = self._chosen_method(body, method)
         info = await self._info(pool.engine)
+        stop_token_ids = self._tokenizer.special_ids(body.stops)  # of text that no answer's text has
         requests = []
         for index, token_ids in enumerate(prompt for prompt in prompts for _ in range(n)):
-            limit = body.token_limit()
             request = Request(
                 request_id=f"{request_id}-{index}",
                 token_ids=token_ids,
@@ -164,15 +179,12 @@ class Dispatcher:
                 max_new_tokens=max(1, min(self._config.default_max_tokens, info.max_context - len(token_ids)))
                 if limit is None
                 else limit,
-                sampling=_sampling(body, index),
+                sampling=_sampling(body, index, stop_token_ids),
                 activity_bins=activity_bins,
                 ignore_eos=bool(body.ignore_eos),
             )
-            if len(token_ids) < MANY_TOKENS:
-                check_request(request, info)
-            else:
-                await asyncio.to_thread(check_request, request, info)
             requests.append(request)
+        await _check(requests[::n], info)  # the choices of a prompt differ in nothing that is checked
         texts = [text for text in body.echoed for _ in range(n)]
         echoes = [self._echo(request, text, info) for request, text in zip(requests, texts, strict=False)]
         job = Job(
@@ -221,13 +233,19 @@ class Dispatcher:
             check_request(follow, info)
         return Echo(text=text, token_ids=token_ids, request=follow)
 
-    def _pool(self, prompt_tokens: int) -> tuple[PoolConfig, Method]:
-        """The first pool whose prompts may be this long; the last one takes any."""
-        return next(
+    def _pool(self, prompt_tokens: int, new_tokens: int) -> tuple[PoolConfig, Method]:
+        """The first pool whose prompts may be this long and whose engine, if it has told, has room for the
+        answer too; else the first whose prompts may be this long. The last one takes any."""
+        pools = [
             (pool, method)
             for pool, method in zip(self._config.pools, self._methods, strict=True)
             if pool.max_prompt_tokens is None or prompt_tokens <= pool.max_prompt_tokens
-        )
+        ]
+        for pool, method in pools:
+            info = self._infos.get(pool.engine)
+            if info is None or prompt_tokens + new_tokens <= info.max_context:
+                return pool, method
+        return pools[0]
 
     def _chosen_method(self, body: GenerationBody, of_pool: Method) -> Method:
         """The request's own method, else the pool's. What it does not say is as the last pool of that method
@@ -271,6 +289,13 @@ class Dispatcher:
             return
         least, most = self._config.min_budget_tokens, self._config.most_budget_tokens
         schedule: Schedule = method.schedule  # type: ignore[attr-defined]  # dense brought none
+        if MAX_DENSITY < schedule.attention_density < 1:
+            raise ApiError(
+                "invalid_request",
+                f"spts.schedule.attention_density must be at most {MAX_DENSITY}, or 1, got "
+                f"{schedule.attention_density}; more costs more than reading every key",
+                "spts.schedule.attention_density",
+            )
         for stage in schedule.stages:
             budget = min(stage.active_tokens, stage.keep_tokens or stage.active_tokens)
             if budget < least:
@@ -295,23 +320,22 @@ class Dispatcher:
     async def _send(self, name: str, request: Request, job: Job) -> AsyncGenerator[Chunk, None]:
         """The answer of the engine `name`; of another replica or engine, if it is lost before its first
         token. An engine gets the time that is left of the job's."""
-        begun = False
-        try:
+        may_move = True  # once, and not after a token
+        while True:
             timed = replace(request, deadline_s=job.left_s)
-            async with aclosing(self._engines[name].generate(timed)) as chunks:
-                async for chunk in chunks:
-                    begun = True
-                    yield chunk
-            return
-        except EngineError as error:
-            other = None if begun or error.kind != "unavailable" else await self._elsewhere(name, request)
-            if other is None:
-                raise
-            logger.warning("request %s goes to engine %s: %s", request.request_id, other, error)
-        timed = replace(request, deadline_s=job.left_s)
-        async with aclosing(self._engines[other].generate(timed)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+            try:
+                async with aclosing(self._engines[name].generate(timed)) as chunks:
+                    async for chunk in chunks:
+                        may_move = False
+                        yield chunk
+                return
+            except EngineError as error:
+                may_move = may_move and error.kind == "unavailable"
+                other = await self._elsewhere(name, request) if may_move else None
+                if other is None:
+                    raise
+                logger.warning("request %s goes to engine %s: %s", request.request_id, other, error)
+                name, may_move = other, False
 
     async def _elsewhere(self, name: str, request: Request) -> str | None:
         """The engine itself if it has another replica that is ready, else another engine that is ready and
@@ -322,7 +346,7 @@ class Dispatcher:
             fits = pool.max_prompt_tokens is None or len(request.token_ids) <= pool.max_prompt_tokens
             if fits and pool.engine != name and await self._is_ready(pool.engine):
                 try:
-                    check_request(request, self._infos[pool.engine])
+                    await _check([request], self._infos[pool.engine])
                 except EngineError:
                     continue
                 return pool.engine
@@ -339,8 +363,6 @@ class Dispatcher:
             await self._info(name)
         except EngineError as error:
             return error
-        finally:
-            del self._asks[name]
         return None
 
     async def _is_ready(self, name: str) -> bool:
@@ -351,6 +373,25 @@ class Dispatcher:
             return False
 
 
+async def _check(requests: Sequence[Request], info: EngineInfo) -> None:
+    """`check_request` of each."""
+
+    def check() -> None:
+        for request in requests:
+            check_request(request, info)
+
+    if sum(len(request.token_ids) for request in requests) < MANY_TOKENS:
+        check()
+    else:
+        await asyncio.to_thread(check)
+
+
+def _failure(ask: asyncio.Task[EngineError | None]) -> EngineError | None:
+    if ask.cancelled():
+        return EngineError("unavailable", "the engine was not asked to the end; retry later")
+    return ask.result()
+
+
 async def _soon(answer: Awaitable[Value]) -> Value:
     try:
         return await asyncio.wait_for(answer, ANSWER_S)
@@ -358,7 +399,7 @@ async def _soon(answer: Awaitable[Value]) -> Value:
         raise EngineError("unavailable", "the engine is loading or restarting; retry later") from None
 
 
-def _sampling(body: GenerationBody, index: int) -> Sampling:
+def _sampling(body: GenerationBody, index: int, stop_token_ids: tuple[int, ...]) -> Sampling:
     """OpenAI's defaults where the body says nothing. Choices of one seed differ by their index, and
     repeat."""
     return Sampling(
@@ -366,5 +407,6 @@ def _sampling(body: GenerationBody, index: int) -> Sampling:
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k or 0),
         seed=None if body.seed is None else (body.seed + index + 2**63) % 2**64 - 2**63,
+        stop_token_ids=stop_token_ids,
         logprobs=body.num_logprobs(),
     )

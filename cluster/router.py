@@ -33,6 +33,7 @@ from cluster.openapi import openapi
 from cluster.page import page_files
 from cluster.protocol import EngineError
 from cluster.request_id import RequestId
+from cluster.strict import brief
 from cluster.tokenizer import TextTokenizer
 from cluster.tokens import DetokenizeBody, TokenizeBody
 from spts.errors import SptsError
@@ -153,13 +154,13 @@ class Router:
         body = await self._body(http, TokenizeBody)
         self._check_model(body.model)
         await self._check_length(body.num_characters, "messages" if body.messages else "prompt")
-        tokens = await asyncio.to_thread(body.tokens, self._tokenizer)
+        tokens, texts = await asyncio.to_thread(body.tokens, self._tokenizer)
         return JSONResponse(
             {
                 "count": len(tokens),
                 "max_model_len": await self._dispatcher.longest(wait=True),
                 "tokens": tokens,
-                "token_strs": [*map(self._tokenizer.token_text, tokens)] if body.return_token_strs else None,
+                "token_strs": texts,
             }
         )
 
@@ -228,7 +229,7 @@ class Router:
         if name not in (None, self._config.model_name):
             raise ApiError(
                 "model_not_found",
-                f"model must be {self._config.model_name}, got {name!r}; see /v1/models",
+                f"model must be {self._config.model_name}, got {brief(name)}; see /v1/models",
                 "model",
             )
 

@@ -55,16 +55,19 @@ class TokenizeBody(Body):
         """Length of all texts."""
         return len(self.prompt or "") + sum(len(message.text) for message in self.messages or ())
 
-    def tokens(self, tokenizer: TextTokenizer) -> tuple[int, ...]:
-        """The token ids. Raises RequestError for messages that the chat template does not take."""
+    def tokens(self, tokenizer: TextTokenizer) -> tuple[tuple[int, ...], list[str] | None]:
+        """The token ids, and their own texts if asked for. Raises RequestError for messages that the chat
+        template does not take."""
         if self.messages is None:
             assert self.prompt is not None
-            return tokenizer.encode(self.prompt, add_special_tokens=self.add_special_tokens is not False)
-        return tokenizer.encode_chat(
-            turns(self.messages),
-            add_generation_prompt=self.add_generation_prompt is not False,
-            add_special_tokens=self.add_special_tokens is True,
-        )
+            ids = tokenizer.encode(self.prompt, add_special_tokens=self.add_special_tokens is not False)
+        else:
+            ids = tokenizer.encode_chat(
+                turns(self.messages),
+                add_generation_prompt=self.add_generation_prompt is not False,
+                add_special_tokens=self.add_special_tokens is True,
+            )
+        return ids, [*map(tokenizer.token_text, ids)] if self.return_token_strs else None
 
 
 class DetokenizeBody(Body):

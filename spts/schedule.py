@@ -13,6 +13,7 @@ from functools import cached_property
 from spts.errors import ConfigError, check_keys, config_error, require_int
 from spts.kernels.blocks import BLOCK_TOKENS
 
+MAX_STAGES = 1000  # of a schedule that is read, which anyone may have sent: models have fewer layers
 K = 1024  # tokens, the unit of the paper's budgets: with it the KV memory at 32K is the published -58.6 %
 
 
@@ -190,6 +191,13 @@ class Schedule:
         if not isinstance(raw_stages, list | tuple):
             raise config_error(
                 "schedule.stages", "be a list of stages", repr(raw_stages), "use [] for a dense schedule"
+            )
+        if len(raw_stages) > MAX_STAGES:
+            raise config_error(
+                "schedule.stages",
+                f"be at most {MAX_STAGES} stages",
+                len(raw_stages),
+                "send one a layer at most",
             )
         stages = []
         for index, raw in enumerate(raw_stages):

@@ -87,7 +87,13 @@ BAD = [
     (COMPLETIONS, completion(spts={"method": "magic"}), "spts.method", "invalid_value", "one of dense, spts"),
     (COMPLETIONS, completion(spts={"methd": "dense"}), "spts.methd", "unsupported_parameter", "spts.methd"),
     (COMPLETIONS, completion(spts={"seed": -1}), "spts.seed", "invalid_value", "spts.seed must be greater"),
-    (COMPLETIONS, completion(spts={"schedule": 3}), "spts.schedule", "invalid_value", "got 3"),
+    (
+        COMPLETIONS,
+        completion(spts={"schedule": 3}),
+        "spts.schedule",
+        "invalid_value",
+        "spts.schedule must be an object or a preset's name, got 3;",
+    ),
     (COMPLETIONS, completion(spts=3), "spts", "invalid_value", "got 3"),
     (COMPLETIONS, completion(stop=[""]), "stop", "invalid_value", "stop must be at most 16"),
     (
@@ -167,6 +173,57 @@ async def test_no_depth_of_nesting_is_a_500(folder, field, depth):
         answer = await client.post(COMPLETIONS, content=json.dumps(body).replace('"@"', nested))
     assert answer.status_code == 400, answer.text
     assert len(error_of(answer)["message"]) < 1500
+
+
+DEEP = {
+    "preset": {"preset": "@"},
+    "density": {"preset": "demo-12l", "attention_density": "@"},
+    "num_layers": {**SCHEDULE.to_dict(), "num_layers": "@"},
+    "stages": {**SCHEDULE.to_dict(), "stages": ["@"]},
+    "last_layer": {**SCHEDULE.to_dict(), "stages": [{"last_layer": "@", "active_tokens": 9}]},
+}
+
+
+@pytest.mark.parametrize("depth", [9, 960, 970, 980, 5000])
+@pytest.mark.parametrize("schedule", DEEP.values(), ids=DEEP)
+async def test_a_large_body_may_nest_its_schedule_no_deeper_than_a_small_one(folder, schedule, depth):
+    """It is read in a thread, where Python's stack has more room than where the schedule is looked at."""
+    body = json.dumps(completion(spts={"method": "spts", "schedule": schedule}))
+    content = body.replace('"@"', "[" * depth + "]" * depth) + " " * 2**20
+    async with endpoint(folder, engine={"max_model_len": 2**12}) as (client, _):
+        answer = await client.post(COMPLETIONS, content=content)
+    assert answer.status_code == 400, answer.text
+    error = error_of(answer)
+    assert len(error["message"]) < 1100
+    if depth < 960:
+        assert error["param"] == "spts.schedule"
+        assert "spts.schedule must be nested at most 8 levels deep, got {" in error["message"]
+
+
+async def test_a_schedule_has_at_most_1000_stages(folder):
+    stage = {"last_layer": 3, "active_tokens": 9}
+    async with endpoint(folder) as (client, _):
+        for num_stages, message in (
+            (1000, "spts.schedule.stages[1].last_layer must be at least 4"),
+            (1001, "spts.schedule.stages must be at most 1000 stages, got 1001;"),
+            (10_000, "spts.schedule.stages must be at most 1000 stages, got 10000;"),
+        ):
+            schedule = {**SCHEDULE.to_dict(), "stages": [stage] * num_stages}
+            body = completion(spts={"method": "spts", "schedule": schedule})
+            answer = await client.post(COMPLETIONS, json=body)
+            assert answer.status_code == 400
+            assert message in error_of(answer)["message"]
+
+
+async def test_a_long_name_is_not_repeated(folder):
+    async with endpoint(folder) as (client, _):
+        for body in (
+            completion(model="m" * 9999),
+            completion(spts={"method": "spts", "schedule": "m" * 9999}),
+        ):
+            message = error_of(await client.post(COMPLETIONS, json=body))["message"]
+            assert len(message) < 300
+            assert "got 'mmmm" in message
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

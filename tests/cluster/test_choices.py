@@ -43,6 +43,30 @@ async def test_the_end_token_may_be_ignored(folder, tokenizer):
             assert answer["choices"][0]["finish_reason"] == reason
 
 
+@pytest.mark.parametrize("stop", ["<|end|>", ["lazy", "<|end|>"]])
+@pytest.mark.parametrize("ignore_eos", [True, False])
+async def test_a_stop_string_that_is_a_special_token_ends_the_answer_at_it(
+    folder, tokenizer, stop, ignore_eos
+):
+    """Special tokens have no text in an answer, so no text of it could match."""
+    [end] = tokenizer.special_ids(["<|end|>"])
+    ids = [*tokenizer.encode("the fox "), end, *tokenizer.encode("and")]
+    body = completion(prompt=ids, max_tokens=50, stop=stop, ignore_eos=ignore_eos)
+    async with endpoint(folder) as (client, _):
+        whole = (await client.post(COMPLETIONS, json=body)).json()
+        *chunks, end_of_stream = events(await client.post(COMPLETIONS, json={**body, "stream": True}))
+        other = (await client.post(COMPLETIONS, json={**body, "stop": "<|user|>"})).json()
+        in_text = (await client.post(COMPLETIONS, json={**body, "stop": ["fox", "<|end|>"]})).json()
+    assert end_of_stream == "[DONE]"
+    [choice] = whole["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("the fox ", "stop")
+    assert whole["usage"]["completion_tokens"] == ids.index(end) + 1
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "the fox "
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert other["choices"][0]["finish_reason"] == "length", "another one than the answer has"
+    assert (in_text["choices"][0]["text"], in_text["choices"][0]["finish_reason"]) == ("the ", "stop")
+
+
 async def test_the_usage_so_far_may_come_with_every_chunk(folder):
     """What guidellm asks for."""
     options = {"include_usage": True, "continuous_usage_stats": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import yaml
@@ -23,6 +24,7 @@ from spts.methods import Dense, Spts
 from spts.schedule import Schedule
 from tests.cluster.conftest import REPOSITORY
 from tests.cluster.tiny import SCHEDULE
+from tests.fakes import FakeGroup
 
 # Ray's own models use what pydantic deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -296,9 +298,77 @@ def test_an_engine_is_told_under_which_method_its_longest_prompts_run():
     from cluster.app import build
 
     [engine] = build(ARGS)._bound_deployment.init_args
-    config, methods = engine._bound_deployment.init_args
+    config, methods, runs = engine._bound_deployment.init_args
     assert config["model"] == "jobs/demo_model"
     assert methods == [{"name": "spts", "schedule": "demo-12l"}], "the other pool's prompts are short"
+    assert runs == {"pools.0.method": {"name": "dense"}, "pools.1.method": methods[0]}
+
+
+SKIPS: dict[str, Any] = {"name": "spts", "schedule": "demo-12l"}
+SHORT: dict[str, Any] = {
+    "engines": {
+        "default": {"model": "jobs/demo_model"},
+        "short": {"model": "jobs/demo_model", "proxies": "docs"},
+    },
+    "pools": [
+        {"max_prompt_tokens": 512, "method": {"name": "dense"}, "engine": "short"},
+        {"max_prompt_tokens": 1024, "method": {**SKIPS, "ffn_score": "attention"}},
+        {"method": SKIPS},
+    ],
+}
+
+
+def test_an_engine_has_to_run_what_requests_may_choose_there():
+    """Engines of one model may have proxies of their own; a method goes wherever its prompt's length does."""
+    app = parse(SHORT, AppConfig, source="args")
+    assert [*app.methods_on("short")] == ["pools.0.method", "pools.2.method"], "a choice is as the last pool"
+    assert [*app.methods_on("default")] == ["pools.0.method", "pools.1.method", "pools.2.method"]
+    with pytest.raises(
+        ConfigError,
+        match=r"engines.short must run every method that a request may choose, got pools.2.method, which it "
+        r"cannot: pools.2.method.name must not need proxies .*, or leave it out of allowed_methods",
+    ):
+        check_pools(app)
+    for allowed in ([], ["dense", "random"]):
+        app = parse({**SHORT, "allowed_methods": allowed}, AppConfig, source="args")
+        assert [*app.methods_on("short")] == ["pools.0.method"]
+        check_pools(app)
+    spare = {**ARGS, "engines": SHORT["engines"]}
+    check_pools(parse(spare, AppConfig, source="args"))  # no prompt comes there
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 7}, r"pools.1.method: schedule.num_layers must equal the model's 6 layers, got 7"),
+        ({"first_skip_layer": 1}, r"pools.1.method: schedule must skip in no layer before 2, the first with"),
+        ({}, None),
+    ],
+)
+async def test_an_engine_of_a_model_that_is_elsewhere_starts_only_if_it_can_run_its_methods(
+    monkeypatch, change, message
+):
+    from cluster.app import EngineDeployment
+
+    groups: list[FakeGroup] = []
+
+    def group(config):
+        groups.append(FakeGroup(config))
+        return groups[-1]
+
+    monkeypatch.setattr("cluster.engine.RayGroup", group)
+    monkeypatch.setattr("cluster.app.log_as_serve_does", lambda: None)
+    runs = {"pools.1.method": {"name": "spts", "schedule": {**SCHEDULE.to_dict(), **change}}}
+    engine = EngineDeployment.__new__(EngineDeployment)
+    start = EngineDeployment.__init__(engine, {"model": "owner/name"}, [], runs)
+    if message is None:
+        await start
+        assert await engine.ready()
+        await engine.shutdown()
+    else:
+        with pytest.raises(ConfigError, match=message):
+            await start
+    assert groups[0].closed, "no rank is left behind"
 
 
 def test_pools_of_a_model_that_is_elsewhere_are_left_to_its_engines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import time
 
@@ -20,7 +21,7 @@ from cluster.router import Router
 from spts.methods import Spts
 from tests.cluster.endpoint import CHAT, COMPLETIONS, POOLS, chat, completion, endpoint, error_of, events
 from tests.cluster.tiny import SCHEDULE
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, info
 
 
 async def refused(client: httpx.AsyncClient, **fields) -> dict:
@@ -72,9 +73,8 @@ async def test_no_budget_of_a_request_is_larger_than_those_of_the_pools(folder, 
 
 
 async def test_a_request_may_choose_the_density_of_attention(folder):
-    """Whatever it is, the prompt costs less than without."""
     async with endpoint(folder) as (client, engine):
-        for density in (0.01, 1):
+        for density in (0.01, 0.5, 1):
             spts = {"method": "spts", "schedule": {**SCHEDULE.to_dict(), "attention_density": density}}
             assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
             started = [step.start.method for step in engine.group.steps if step.start is not None]
@@ -85,6 +85,20 @@ async def test_a_request_may_choose_the_density_of_attention(folder):
             assert (
                 f"attention_density must be a number above 0 and at most 1, got {said};" in error["message"]
             )
+
+
+async def test_no_density_of_a_request_costs_more_than_dense_attention(folder):
+    """What a pool's is, its operator knows."""
+    sparse = {**SCHEDULE.to_dict(), "attention_density": 0.7}
+    preset = {"preset": "demo-12l", "attention_density": 0.7}
+    pools = [{"method": {"name": "spts", "schedule": sparse}}]
+    async with endpoint(folder, pools=pools) as (client, _):
+        for schedule in (sparse, preset, {**sparse, "attention_density": 0.501}):
+            error = await refused(client, spts={"method": "spts", "schedule": schedule})
+            assert error["param"] == "spts.schedule.attention_density"
+            assert "attention_density must be at most 0.5, or 1, got 0." in error["message"]
+        for spts in (None, {"method": "spts"}, {"method": "recency"}):
+            assert (await client.post(COMPLETIONS, json=completion(spts=spts))).status_code == 200
 
 
 async def test_what_a_choice_leaves_open_is_as_configured(folder):
@@ -268,6 +282,82 @@ async def test_an_engine_that_loads_longer_than_others_is_waited_for_before_a_le
         assert much.status_code == 413
 
 
+@pytest.fixture
+async def asked(folder, tokenizer):
+    """A dispatcher of two engines, which answer `info` as the test has them."""
+    engines = {name: {"model": str(folder)} for name in ("short", "long")}
+    config = AppConfig.model_validate({"engines": engines, "pools": SHORT_AND_LONG})
+    fakes = {name: FakeEngine(engine) for name, engine in config.engines.items()}
+    return Dispatcher(config, fakes, tokenizer), fakes
+
+
+async def test_the_first_engine_to_tell_is_enough_unless_all_are_waited_for(asked, monkeypatch):
+    dispatcher, fakes = asked
+    told = asyncio.Event()
+
+    async def loading():
+        await told.wait()
+        return info(fakes["long"]._config)
+
+    monkeypatch.setattr(fakes["long"], "info", loading)
+    await fakes["short"].start()
+    async with asyncio.timeout(1):
+        assert await dispatcher.longest() is None, "the other one may take more"
+    assert dispatcher.known_context == 512
+    everyone = asyncio.create_task(dispatcher.longest(wait=True))
+    await asyncio.sleep(0.05)
+    assert not everyone.done()
+    told.set()
+    assert await everyone == 512
+    await fakes["short"].shutdown()
+
+
+async def test_an_engine_that_fails_first_does_not_hide_one_that_tells(asked, monkeypatch):
+    dispatcher, fakes = asked
+
+    async def late():
+        await asyncio.sleep(0.05)
+        return info(fakes["long"]._config)
+
+    monkeypatch.setattr(fakes["long"], "info", late)  # the short one has not been started
+    assert await dispatcher.longest() is None
+    assert dispatcher.known_context == 512
+
+
+async def test_engines_are_asked_in_no_requests_context(asked, monkeypatch):
+    dispatcher, fakes = asked
+    request_id = contextvars.ContextVar("request_id", default="none")
+    seen: list[str] = []
+
+    async def noting():
+        seen.append(request_id.get())
+        return info(fakes["short"]._config)
+
+    for fake in fakes.values():
+        monkeypatch.setattr(fake, "info", noting)
+    request_id.set("of the first request")
+    await dispatcher.longest(wait=True)
+    assert seen == ["none", "none"]
+
+
+async def test_a_question_that_is_cancelled_is_an_engine_that_is_not_there(asked, monkeypatch):
+    dispatcher, fakes = asked
+
+    async def cancelled():
+        raise asyncio.CancelledError
+
+    for fake in fakes.values():
+        monkeypatch.setattr(fake, "info", cancelled)
+    with pytest.raises(EngineError, match="retry later") as caught:
+        await dispatcher.longest()
+    assert caught.value.kind == "unavailable"
+    monkeypatch.undo()
+    await fakes["short"].start()
+    assert await dispatcher.longest(wait=True) is None, "both are asked again"
+    assert dispatcher.known_context == 512
+    await fakes["short"].shutdown()
+
+
 async def test_all_of_a_request_has_one_deadline_from_its_arrival(folder):
     async def slowly(body):
         text = json.dumps(body).encode()
@@ -298,6 +388,28 @@ async def test_a_request_that_is_late_already_is_not_begun(folder, tokenizer):
     with pytest.raises(EngineError, match="the answer must take at most 600 s; it took longer"):
         await anext(pieces(job, tokenizer, Metrics()))
     await engine.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "length", "engine"),
+    [(14, 50, "short"), (15, 50, "long"), (None, 48, "short"), (462, 50, "long"), (463, 50, None)],
+)
+async def test_an_answer_that_its_pools_engine_has_no_room_for_comes_from_a_later_one(
+    folder, max_tokens, length, engine
+):
+    """A prompt of the short pool whose answer is long, of an engine with a context of 64."""
+    async with two_engines(folder, SHORT_AND_LONG, lengths={"short": 64}) as (client, fakes):
+        await client.get("ready")
+        before = {name: len(started(fake)) for name, fake in fakes.items()}
+        body = completion(prompt=[7] * length, max_tokens=max_tokens)
+        answer = await client.post(COMPLETIONS, json=body)
+        begun = [name for name, fake in fakes.items() if len(started(fake)) > before[name]]
+    if engine is None:
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+        assert "the context of 64 tokens, got 50 + 463" in error_of(answer)["message"], "of its own pool"
+    else:
+        assert (answer.status_code, begun) == (200, [engine])
+        assert answer.json()["usage"]["spts"]["method"] == {"short": "dense", "long": "spts"}[engine]
 
 
 async def test_an_overloaded_engine_is_said_to_be_so_not_left(folder):

@@ -79,6 +79,27 @@ async def test_what_takes_long_to_read_is_read_beside_the_event_loop(folder, mon
         assert threads["check_request"].isdisjoint(own)
 
 
+@pytest.mark.parametrize(("length", "beside"), [(2**15 - 1, False), (2**15, True)])
+async def test_a_batchs_prompts_are_checked_together_and_each_once(folder, monkeypatch, length, beside):
+    checked: list[tuple[int, ...]] = []
+    threads: set[int] = set()
+    check_request = importlib.import_module("cluster.dispatch").check_request
+
+    def noted(request, info):
+        checked.append(request.token_ids)
+        threads.add(threading.get_ident())
+        check_request(request, info)
+
+    monkeypatch.setattr("cluster.dispatch.check_request", noted)
+    prompts = [[7] * length, [8] * (length - 1) + [298]]  # no id of the vocabulary: nothing is computed
+    async with endpoint(folder, engine={"max_model_len": 2**17}) as (client, _):
+        answer = await client.post(COMPLETIONS, json=completion(prompt=prompts, n=3))
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "prompt")
+    assert checked == [*map(tuple, prompts)]
+    assert len(threads) == 1
+    assert (threading.get_ident() not in threads) == beside
+
+
 async def test_too_many_prompts_are_refused_before_any_is_encoded(folder, monkeypatch):
     async with endpoint(folder) as (client, _):
         encode = MagicMock(return_value=(1,))
@@ -331,14 +352,36 @@ async def test_a_full_engine_is_503_with_retry_after(folder):
 
 
 async def test_one_refused_choice_fails_the_request_and_frees_the_others(folder):
-    async with endpoint(folder, step_s=0.002, engine={"max_running": 2, "max_waiting": 0}) as (
+    async with endpoint(folder, step_s=0.002, engine={"max_running": 2, "max_waiting": 1}) as (
         client,
         engine,
     ):
+        first = asyncio.create_task(client.post(COMPLETIONS, json=completion(max_tokens=50)))
+        await asyncio.sleep(0.03)
         answer = await client.post(COMPLETIONS, json=completion(n=3, max_tokens=200))
         assert answer.status_code == 503
+        assert (await first).status_code == 200
         await asyncio.sleep(0.1)
         assert engine.group.ranks[0].num_cached == 0
+
+
+@pytest.mark.parametrize(
+    ("replicas", "most"),
+    [({}, 3), ({"replicas": 2}, 6), ({"autoscaling": {"max_replicas": 3}}, 9)],
+    ids=["one", "several", "autoscaled"],
+)
+async def test_a_batch_that_no_queue_ever_holds_is_not_to_be_sent_again(folder, replicas, most):
+    async with endpoint(folder, engine={"max_running": 1, "max_waiting": 2, **replicas}) as (client, engine):
+        steps = len(engine.group.steps)
+        for batch, param in (({"n": most + 1}, "n"), ({"prompt": ["fox"] * (most + 1)}, "prompt")):
+            answer = await client.post(COMPLETIONS, json=completion(**batch))
+            assert answer.status_code == 400
+            error = error_of(answer)
+            assert (error["param"], error["code"]) == (param, "invalid_value")
+            assert f"prompts x n must be at most {most}, which is all that engine default" in error["message"]
+        assert len(engine.group.steps) == steps
+        answer = await client.post(COMPLETIONS, json=completion(n=most))  # it may fit, though not into one
+        assert answer.status_code == (200 if most == 3 else 503)
 
 
 @pytest.mark.parametrize("stream", [False, True])

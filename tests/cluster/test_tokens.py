@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from cluster.tokenizer import TextTokenizer
 from tests.cluster.endpoint import COMPLETIONS, completion, endpoint, error_of
 
 TEXT = "the quick brown fox, héllo 😀"
@@ -46,6 +49,23 @@ async def test_messages_go_through_the_chat_template(folder, reference, generati
     )
     assert answer["tokens"] == expected
     assert "".join(answer["token_strs"]) == reference.decode(expected)
+
+
+async def test_the_texts_of_tokens_are_made_beside_the_event_loop(folder, monkeypatch):
+    token_text = TextTokenizer.token_text
+    threads: list[int] = []
+
+    def noted(self, token_id):
+        threads.append(threading.get_ident())
+        return token_text(self, token_id)
+
+    monkeypatch.setattr(TextTokenizer, "token_text", noted)
+    async with endpoint(folder) as (client, _):
+        body = {"prompt": TEXT, "return_token_strs": True}
+        answer = (await client.post("tokenize", json=body)).json()
+    assert "".join(answer["token_strs"]).startswith("the quick brown fox")
+    assert len(threads) == answer["count"]
+    assert threading.get_ident() not in threads
 
 
 async def test_special_tokens_are_added_as_asked(tmp_path):
