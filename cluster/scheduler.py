@@ -217,12 +217,12 @@ class Scheduler:
         candidates: Iterable[Demand] = [first]
         if self._prefills:
             (oldest, *beside) = self._prefills.values()
-            if beside or self._slice_flops is None:
+            # Whoever starts goes at once: in the oldest's turn nobody does.
+            if beside or not self._second_next or self._slice_flops is None:
                 return None
-            candidates = [each for each in self._waiting.values() if self._flops(each) < oldest.flops_left]
+            candidates = (each for each in self._waiting.values() if self._flops(each) < oldest.flops_left)
         for demand in candidates:
             if self._fits(demand):
-                self._second_next = bool(self._prefills)  # who starts beside another goes at once
                 return self._begin(demand)
         return None
 
