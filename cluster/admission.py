@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.protocol import EngineError, EngineInfo, ErrorKind, Request
-from cluster.scheduler import Demand, too_large
+from cluster.scheduler import Demand
 from spts import cost, memory
 from spts.errors import ConfigError, RequestError, SptsError
 from spts.methods import Dense, Method
@@ -42,7 +42,12 @@ def check_request(request: Request, info: EngineInfo) -> None:
         _check_proxies(request.method, info)
     num_bytes = request_bytes(request, info)
     if num_bytes > info.kv_bytes_limit:
-        raise too_large(num_bytes, info.kv_bytes_limit)
+        raise EngineError(
+            "context_length_exceeded",
+            f"prompt + max_new_tokens must fit into {info.kv_bytes_limit} bytes of KV memory on each rank, "
+            f"got {num_bytes} bytes; shorten the prompt, ask for fewer tokens, or skip more of them",
+            "max_new_tokens",
+        )
 
 
 def request_bytes(request: Request, info: EngineInfo) -> int:

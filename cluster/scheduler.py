@@ -131,10 +131,9 @@ class Scheduler:
         return waiting + sum(prefill.flops_left for prefill in self._prefills.values())
 
     def admit(self, demand: Demand) -> None:
-        """Queue a new request. Raises EngineError: "overloaded" when the queue is full,
-        "context_length_exceeded" when it would not fit into an empty engine."""
-        if demand.kv_bytes > self._limit:
-            raise too_large(demand.kv_bytes, self._limit)
+        """Queue a new request, which fits into an empty engine (`cluster.admission.check_request`). Raises
+        EngineError "overloaded" when the queue is full."""
+        assert demand.kv_bytes <= self._limit, "it would wait for ever, and all behind it"
         limit = self._max_running + self._max_waiting
         if self.num_running + self.num_waiting >= limit:
             raise EngineError(
@@ -292,13 +291,3 @@ class Scheduler:
             reuse=None if reads is None else (reads.name, length),
             keep=None if leaves is None else (leaves.name, limit),
         )
-
-
-def too_large(kv_bytes: int, limit: int) -> EngineError:
-    """Why a request is refused that no waiting would help."""
-    return EngineError(
-        "context_length_exceeded",
-        f"prompt + max_new_tokens must fit into {limit} bytes of KV memory on each rank, got {kv_bytes} "
-        "bytes; shorten the prompt, ask for fewer tokens, or skip more of them",
-        "max_new_tokens",
-    )

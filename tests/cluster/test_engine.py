@@ -324,9 +324,10 @@ async def test_a_request_that_needs_more_memory_than_there_is_gets_the_numbers()
     """Following tokens takes distributions over the vocabulary too, so it may not fit where a prompt does."""
     async with started(kv_cache_bytes=2**21, max_model_len=400) as engine:
         sent = request(token_ids=(1,) * 200, follow=(1,) * 200, max_new_tokens=200)
-        with pytest.raises(EngineError, match=r"fit into 2097152 bytes .* got \d+ bytes") as refused:
+        needed = demand(sent, info(EngineConfig(model="fake"))).kv_bytes
+        with pytest.raises(EngineError, match=rf"fit into 2097152 bytes .* got {needed} bytes") as refused:
             await engine.run(sent)
-    assert refused.value.kind == "context_length_exceeded"
+    assert (refused.value.kind, refused.value.param) == ("context_length_exceeded", "max_new_tokens")
 
 
 async def test_requests_that_do_not_fit_together_wait_for_one_another():
