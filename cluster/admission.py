@@ -56,13 +56,14 @@ def request_bytes(request: Request, info: EngineInfo) -> int:
     if not request.follow:
         return _prompt_bytes(request.method, num_tokens, new_tokens, info)
     # Both models' prompts, one after the other and unsliced; then the given tokens, all at once; then both
-    # models' distributions, compared in float64.
+    # models' distributions, one of them once more while it is put together, and what comparing them takes.
     whole = replace(info, slice_tokens=None)
     num_bytes = max(
         _prompt_bytes(method, num_tokens, new_tokens, whole) for method in (request.method, Dense())
     )
     num_bytes += _prompt_bytes(Dense(), new_tokens, 0, whole)
-    num_bytes += new_tokens * info.shape.vocab_size * (2 * 4 + 3 * 8)
+    vocab_size = info.shape.vocab_size
+    num_bytes += 3 * new_tokens * vocab_size * 4 + memory.comparison_bytes(vocab_size, new_tokens)
     return num_bytes
 
 

@@ -212,7 +212,7 @@ class Stepper:
         logits_NV = self._model.follow_on(prefill, request.follow)
         if self._rank != 0:
             return
-        kl_N, rank_N = compare(dense_NV.to(logits_NV.device), logits_NV)
+        kl_N, rank_N = compare(dense_NV, logits_NV)
         if not bool(kl_N.isfinite().all()):
             message = "the distributions must be finite to be compared; the activations overflowed"
             answer.refused.append((request.request_id, EngineError("internal", message)))
