@@ -235,17 +235,21 @@ async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it()
     )
 
 
-def test_what_is_followed_costs_two_runs_over_all_of_it():
-    """So that a prompt of one token with its whole text to follow, an echo, overtakes no shorter prompt."""
+def test_what_is_followed_costs_a_run_over_all_of_it_and_a_dense_one_to_compare_with():
+    """So that a prompt of one token with its whole text to follow, an echo, overtakes no shorter prompt. A
+    dense one is compared with itself."""
     engine_info = info(EngineConfig(model="fake"))
     echo = demand(request(token_ids=(1,), follow=(2,) * 300, max_new_tokens=300), engine_info)
-    assert echo.flops == pytest.approx(2 * cost.dense_flops(SHAPE, 300).total, rel=0.01)
-    spts = Spts(schedule=SCHEDULE)
-    sent = request(token_ids=(1,) * 200, method=spts, follow=(2,) * 50, max_new_tokens=50)
-    once = demand(replace(sent, follow=()), engine_info)
-    both = demand(sent, engine_info)
-    dense = cost.dense_flops(SHAPE, 249).total
-    assert both.flops - once.flops == 2 * dense - cost.dense_flops(SHAPE, 200).total
+    assert echo.flops == pytest.approx(cost.dense_flops(SHAPE, 300).total, rel=0.01)
+    sent = request(token_ids=(1,) * 200, follow=(2,) * 50, max_new_tokens=50)
+    prompt, whole = (cost.dense_flops(SHAPE, num_tokens).total for num_tokens in (200, 249))
+    needed = {}
+    for method, runs in ((Dense(), 0), (Spts(schedule=SCHEDULE), 1)):
+        once = demand(replace(sent, method=method, follow=()), engine_info)
+        followed = demand(replace(sent, method=method), engine_info)
+        assert followed.flops - once.flops == runs * whole + whole - prompt
+        needed[method.name] = followed.kv_bytes
+    assert needed["spts"] - needed["dense"] >= 50 * SHAPE.vocab_size * 4, "a second distribution"
 
 
 async def test_a_result_says_what_was_reused():
