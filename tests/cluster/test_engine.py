@@ -544,6 +544,11 @@ def test_prompts_in_slices_and_prompts_that_skip_are_warmed_up_with_where_there_
     assert read(replace(roomy, device="cpu")) == [one]
     _, _, whole, sparse, _ = (sent.method.schedule_for(6) for sent, _ in warm_up.prompts(roomy))
     assert (whole.attention_density, sparse.attention_density < 1) == (1, True)
+    for sent, _ in warm_up.prompts(roomy)[2:]:
+        work = sent.method.planned_work(6, len(sent.token_ids))
+        assert [each.candidates for each in work[-2:]] == [len(sent.token_ids), 64], "a cut too"
+    (last,) = {sent.method for sent, _ in warm_up.prompts(replace(roomy, first_proxy_layer=5))[2:3]}
+    assert [each.attention_tokens for each in last.planned_work(6, 512)[-2:]] == [512, 128]
     (_, flops) = warm_up.prompts(roomy)[1]
     assert flops is not None
     assert cost.rows_within(SHAPE, 0, 2304, flops) >= 1152, "two slices a layer"

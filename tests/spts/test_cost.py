@@ -85,6 +85,12 @@ def test_planned_work_worked_example():
     assert planned_work(schedule, 30) == [_work(30, 30, 30)] * 3
 
 
+def test_no_probe_is_planned_for_a_cut_after_the_last_layer():
+    stages = (Stage(last_layer=2, active_tokens=40, keep_tokens=30),)
+    schedule = Schedule(num_layers=3, first_skip_layer=1, stages=stages)
+    assert planned_work(schedule, 35) == [_work(35, 35, 35)] * 3
+
+
 # "Physical limit, LLaMA-3.1-8B": TFLOP of linears, of attention, of both; ideal speed-up of SPTS.
 @pytest.mark.parametrize(
     ("num_tokens", "linear", "attention", "total", "ratio"),
