@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -367,7 +367,8 @@ def start_engine(config: EngineConfig, *, name: str | None = None) -> Any:
         result = ray.get(engine.run.remote(request))
         stop_engine(engine)
 
-    Raises SptsError for the user's faults and EngineError for the rest.
+    Raises SptsError for the user's faults and EngineError for the rest. Whatever ends the wait, Ctrl-C too,
+    ends the engine.
     """
     import ray
 
@@ -375,9 +376,11 @@ def start_engine(config: EngineConfig, *, name: str | None = None) -> Any:
     engine = actor.options(name=name).remote(config)
     try:
         ray.get(engine.start.remote())
-    except ray.exceptions.RayTaskError as error:
-        ray.kill(engine)
-        if isinstance(error.cause, SptsError | EngineError):
+    except BaseException as error:  # of a Ctrl-C the actor hears nothing
+        stop_engine(engine)
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(
+            error.cause, SptsError | EngineError
+        ):
             raise error.cause from None
         raise
     return engine
@@ -391,9 +394,9 @@ def stop_engine(engine: Any) -> None:
         ray.get(engine.shutdown.remote(), timeout=60)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         logger.info("the engine was gone before it was stopped")
-    ray.kill(engine)
-    try:
-        left = ray.util.get_placement_group(placement_name(engine._actor_id.hex()))
-    except ValueError:
-        return  # the engine gave it back itself
-    ray.util.remove_placement_group(left)
+    finally:  # also when the wait was ended by another Ctrl-C
+        ray.kill(engine)
+        # Unless the engine gave its place back itself.
+        with suppress(ValueError):
+            left = ray.util.get_placement_group(placement_name(engine._actor_id.hex()))
+            ray.util.remove_placement_group(left)

@@ -350,14 +350,38 @@ def test_an_engine_as_a_ray_actor_for_jobs(driver, tiny_model, whole):
 
 def test_an_engine_that_is_killed_leaves_its_place_to_another(driver, tiny_model):
     engine = start_engine(EngineConfig(model=str(tiny_model)))
-    before = driver.available_resources()["CPU"]
+    before = free_cpus(driver)
     driver.kill(engine)
     stop_engine(engine)
+    wait_for_cpus(driver, before + 1)
+
+
+def test_a_start_that_is_interrupted_leaves_its_place_to_another(driver, tiny_model, monkeypatch):
+    before, get = free_cpus(driver), driver.get
+
+    def interrupted(refs, **options):
+        monkeypatch.setattr(driver, "get", get)
+        wait_for_cpus(driver, before - 1)  # the ranks have their place, and load
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "get", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start_engine(EngineConfig(model=str(tiny_model)), name="interrupted")
+    wait_for_cpus(driver, before)
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        driver.get_actor("interrupted")
+
+
+def free_cpus(driver) -> float:
+    return driver.available_resources().get("CPU", 0)
+
+
+def wait_for_cpus(driver, num_cpus: float) -> None:
     for _ in range(100):
-        if driver.available_resources().get("CPU", 0) == before + 1:
+        if free_cpus(driver) == num_cpus:
             return
         time.sleep(0.1)
-    pytest.fail(f"the engine's CPU is still taken: {driver.available_resources()}")
+    pytest.fail(f"{num_cpus} CPU must be free, got {free_cpus(driver)}; is an engine left?")
 
 
 def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once(driver, tiny_model):
