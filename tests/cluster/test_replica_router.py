@@ -14,11 +14,13 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.balance import Balance
+from cluster.config import EngineConfig
 from cluster.protocol import Chunk, EngineError, EngineStats, Request
 from cluster.replica_router import ReplicaRouter
 from cluster.replicas import PlacedRequest, ServeEngine, queued_by_others, routing_stats, total
 from spts.methods import Dense
 from tests.cluster.conftest import REPOSITORY
+from tests.fakes import info
 
 # Ray's own models use what pydantic deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -100,6 +102,18 @@ class Stream:
         self.cancelled = True
 
 
+class Asked:
+    """One replica's method."""
+
+    def __init__(self, answer) -> None:
+        self._answer = answer
+
+    async def remote(self):
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
 HANGS = object()
 
 
@@ -111,6 +125,7 @@ class Handle:
         self._items = items if isinstance(items, dict) else {"a": items, "b": items}
         self._broadcast = broadcast
         self.generate = self
+        self.info: Asked | None = None
         self.streams: list[Stream] = []
 
     @property
@@ -185,6 +200,7 @@ async def test_a_client_that_leaves_takes_its_prompt_with_it():
 GONE = ray.exceptions.RayActorError()
 RESTARTING = ray.exceptions.RayTaskError("generate", "", EngineError("unavailable", "its ranks start again"))
 FULL = ray.exceptions.RayTaskError("generate", "", EngineError("overloaded", "one more than it takes"))
+SMALL = ray.exceptions.RayTaskError("generate", "", EngineError("context_length_exceeded", "it never fits"))
 
 
 @pytest.mark.parametrize("fault", [GONE, RESTARTING], ids=["gone", "restarting"])
@@ -219,6 +235,46 @@ async def test_when_all_replicas_are_full_each_was_asked_once(replicas):
     assert raised.value.kind == "overloaded"
     assert "".join(stream.replica for stream in handle.streams) == replicas
     assert balance.ahead == {}
+
+
+async def test_a_request_that_a_replica_is_too_small_for_goes_on_to_a_larger_one():
+    handle = Handle({"a": [SMALL], "b": [FIRST]})
+    assert [each async for each in ServeEngine(handle, Balance(affinity_tokens=0)).generate(request())] == [
+        FIRST
+    ]
+    assert [stream.replica for stream in handle.streams] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "kind"),
+    [
+        ([SMALL, SMALL], "context_length_exceeded"),
+        ([SMALL, FULL], "overloaded"),
+        ([FULL, SMALL], "overloaded"),
+        ([SMALL, GONE], "unavailable"),
+    ],
+)
+async def test_only_when_all_replicas_are_too_small_it_never_fits(faults, kind):
+    handle = Handle({name: [fault] for name, fault in zip("ab", faults, strict=True)})
+    with pytest.raises(EngineError) as raised:
+        await anext(ServeEngine(handle, Balance(affinity_tokens=0)).generate(request()))
+    assert raised.value.kind == kind
+    assert len(handle.streams) == 2
+
+
+async def test_the_replica_with_most_memory_says_what_fits(monkeypatch):
+    monkeypatch.setattr("cluster.replicas.REPLY_S", 0.05)
+    balance = Balance(affinity_tokens=0)
+    small, large = (info(EngineConfig(model="any", kv_cache_bytes=size)) for size in (2**20, 2**30))
+    handle = Handle(broadcast=[small, GONE, large, HANGS, small])
+    handle.info = Asked(small)
+    assert await ServeEngine(handle, balance).info() == large
+    handle = Handle(broadcast=[RESTARTING])
+    handle.info = Asked(small)
+    assert await ServeEngine(handle, balance).info() == small
+    handle.info = Asked(RESTARTING)
+    with pytest.raises(EngineError, match="its ranks start again"):
+        await ServeEngine(handle, balance).info()
 
 
 async def test_an_answer_that_has_begun_goes_nowhere_else():
