@@ -44,6 +44,7 @@ class Balance:
         self._max_blocks = max_blocks
         self._clock = clock
         self._lock = threading.Lock()
+        # Tokens of the prompts that this router sent to each replica and that have had no token back.
         self._ahead: Counter[str] = Counter()
         self._readers: OrderedDict[bytes, str] = OrderedDict()
         self._avoided: dict[str, float] = {}
@@ -53,18 +54,6 @@ class Balance:
     def open(self, token_ids: Sequence[int]) -> Placement:
         """A prompt that is to go somewhere. To be closed."""
         return Placement(self, token_ids)
-
-    @property
-    def ahead(self) -> dict[str, int]:
-        """Tokens of the prompts that this router sent to each replica and that have had no token back."""
-        with self._lock:
-            return dict(+self._ahead)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks remembered now."""
-        with self._lock:
-            return len(self._readers)
 
     def _rank(
         self, placement: Placement, replicas: Mapping[str, int | None], blocks: Sequence[bytes]

@@ -170,7 +170,7 @@ async def test_a_prompt_counts_until_its_first_token():
     handle = Handle([FIRST, FIRST])
     stream = ServeEngine(handle, balance).generate(request())
     chunks = [await anext(stream)]
-    assert balance.ahead == {}
+    assert balance._ahead == {}
     chunks += [chunk async for chunk in stream]
     assert chunks == [FIRST, FIRST]
     assert handle.stream.cancelled
@@ -194,7 +194,7 @@ async def test_a_client_that_leaves_takes_its_prompt_with_it():
     await anext(stream)
     await stream.aclose()
     assert handle.stream.cancelled
-    assert balance.ahead == {}
+    assert balance._ahead == {}
 
 
 GONE = ray.exceptions.RayActorError()
@@ -209,7 +209,7 @@ async def test_a_replica_that_is_lost_is_avoided(fault):
     with pytest.raises(EngineError) as raised:
         await anext(ServeEngine(Handle([fault]), balance).generate(request(num_tokens=600)))
     assert raised.value.kind == "unavailable"
-    assert balance.ahead == {}
+    assert balance._ahead == {}
     again = balance.open((7,) * 600)
     assert again.rank({"a": 0, "b": 0})[0] == "b"
 
@@ -222,7 +222,7 @@ async def test_a_full_replica_passes_a_request_on_to_one_that_has_room():
     assert [stream.replica for stream in handle.streams] == ["a", "b", "c"]
     assert len({stream.placed.request.request_id for stream in handle.streams}) == 3
     assert all(stream.cancelled for stream in handle.streams)
-    assert balance.ahead == {}
+    assert balance._ahead == {}
     assert balance.open((7,) * 600).rank({"a": 0, "b": 0, "c": 0})[0] == "c", "it has read the prompt"
 
 
@@ -234,7 +234,7 @@ async def test_when_all_replicas_are_full_each_was_asked_once(replicas):
         await anext(ServeEngine(handle, balance).generate(request()))
     assert raised.value.kind == "overloaded"
     assert "".join(stream.replica for stream in handle.streams) == replicas
-    assert balance.ahead == {}
+    assert balance._ahead == {}
 
 
 async def test_a_request_that_a_replica_is_too_small_for_goes_on_to_a_larger_one():
