@@ -70,7 +70,7 @@ class Engine:
         self._watch_task: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
         self._step_began: float | None = None
-        self.num_restarts = 0
+        self._restarts = 0
 
     async def start(self) -> EngineInfo:
         """Load the model, answer a few requests, and begin to serve. Again: only the info.
@@ -165,6 +165,7 @@ class Engine:
             document_bytes=scheduler.document_bytes * info.world_size,
             held_requests=self._latest.held_requests,
             held_documents=self._latest.held_documents,
+            restarts=self._restarts,
         )
 
     async def shutdown(self) -> None:
@@ -355,7 +356,7 @@ class Engine:
             except (EngineError, SptsError) as error:
                 reason = error if isinstance(error, EngineError) else EngineError("unavailable", str(error))
             else:
-                self.num_restarts += 1
+                self._restarts += 1
                 return
         raise EngineError("unavailable", f"the ranks did not start again: {reason.message}")
 

@@ -178,7 +178,7 @@ class EngineStats:
     reserved_bytes: what requests in prefill or running may take at most. document_bytes: what is kept of
     prompts for others. kv_bytes_limit: what the last two may take together. queued_prefill_tokens: prompt
     tokens of the requests whose prefill has not ended. held_requests, held_documents: not from the engine's
-    books, but what rank 0 had after its latest step.
+    books, but what rank 0 had after its latest step. restarts: how often the ranks have started again.
     """
 
     running: int
@@ -190,6 +190,7 @@ class EngineStats:
     document_bytes: int = 0
     held_requests: int = 0
     held_documents: int = 0
+    restarts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -489,7 +489,7 @@ async def test_a_failed_step_fails_what_is_in_flight_and_the_group_restarts(kind
         while not await engine.ready():
             await asyncio.sleep(0.001)
         assert (await engine.run(request("after"))).token_ids == (1, 2, 3, 1)
-        assert (engine.num_restarts, engine.group.num_starts) == (1, 2)
+        assert ((await engine.stats()).restarts, engine.group.num_starts) == (1, 2)
         assert await engine.ready()
 
 
@@ -497,10 +497,10 @@ async def test_a_rank_that_dies_while_nothing_runs_is_noticed():
     async with started() as engine:
         engine.group.lose_a_rank()
         for _ in range(100):
-            if engine.num_restarts:
+            if (await engine.stats()).restarts:
                 break
             await asyncio.sleep(0.01)
-        assert engine.num_restarts == 1
+        assert (await engine.stats()).restarts == 1
         assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
 
 
@@ -509,11 +509,11 @@ async def test_ranks_that_start_again_are_ready_once_they_have_made_a_token():
         steps = len(engine.group.steps)
         engine.group.fail_next = EngineError("internal", "they load, and cannot compute")
         engine.group.lose_a_rank()
-        while engine.num_restarts == 0:
+        while (await engine.stats()).restarts == 0:
             assert not await engine.ready() or engine.group.num_starts == 1
             await asyncio.sleep(0)
         assert await engine.ready()
-        assert (engine.group.num_starts, engine.num_restarts) == (3, 1)
+        assert (engine.group.num_starts, (await engine.stats()).restarts) == (3, 1)
         first, then, _ = engine.group.steps[steps:]
         assert first.start == then.start
         assert then.advance is not None and then.advance[0] == "warm-up-0"

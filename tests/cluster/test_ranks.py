@@ -286,7 +286,7 @@ async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole, mo
 
 @in_module_loop
 async def test_a_rank_that_hangs_is_replaced(ranks, monkeypatch):
-    restarts = ranks.engine.num_restarts
+    restarts = (await ranks.engine.stats()).restarts
     monkeypatch.setattr(ranks.group, "_config", ranks.config.model_copy(update={"step_timeout_s": 1.0}))
     ranks.group._ranks[-1].hang.remote()
     with pytest.raises(EngineError, match="a rank did not answer within 1 s") as hung:
@@ -294,14 +294,14 @@ async def test_a_rank_that_hangs_is_replaced(ranks, monkeypatch):
     assert hung.value.kind == "unavailable"
     monkeypatch.undo()
     await ready(ranks.engine)
-    assert ranks.engine.num_restarts == restarts + 1
+    assert (await ranks.engine.stats()).restarts == restarts + 1
     assert (await ranks.engine.run(request("b", prompt(50, seed=1), METHODS[0]))).finish_reason == "length"
 
 
 @in_module_loop
 async def test_a_killed_rank_fails_its_requests_at_once_and_the_group_restarts(ranks, whole):
     for victim in range(ranks.config.tensor_parallel_size):
-        restarts = ranks.engine.num_restarts
+        restarts = (await ranks.engine.stats()).restarts
         pids = ranks.ask("pid")
         stream = ranks.engine.generate(request("a", prompt(100, seed=1), METHODS[1], 400))
         await anext(stream)
@@ -310,7 +310,7 @@ async def test_a_killed_rank_fails_its_requests_at_once_and_the_group_restarts(r
             await asyncio.wait_for(drain(stream), 30)
         assert died.value.kind == "unavailable"
         await ready(ranks.engine)
-        assert ranks.engine.num_restarts == restarts + 1
+        assert (await ranks.engine.stats()).restarts == restarts + 1
         assert not set(pids) & set(ranks.ask("pid"))
         token_ids = prompt(70, seed=2)
         result = await ranks.engine.run(request("b", token_ids, METHODS[1]))
