@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "failed", "stopped"]
 
+_SHUTTING_DOWN = "the engine is shutting down; retry later"
+
 
 class Engine:
     """Owns a group of ranks: start, step loop, streams, deadlines, restart. `start` comes before everything
@@ -174,7 +176,7 @@ class Engine:
         for task in (self._step_loop, self._watch_task):
             if task is not None:
                 task.cancel()
-        self._fail_all(EngineError("unavailable", "the engine is shutting down; retry later"))
+        self._fail_all(EngineError("unavailable", _SHUTTING_DOWN))
         await self._group.stop()
         self._group.close()
 
@@ -323,6 +325,8 @@ class Engine:
         info = await self._group.start()
         check_context(info, self._methods)
         self._latest = await warm_up.run(self._group, info, config.max_running)
+        if self._state == "stopped":  # meanwhile, when there may have been no ranks to end yet
+            raise EngineError("unavailable", _SHUTTING_DOWN)
         self._info = info
         self._scheduler = Scheduler(
             shape=info.shape,

@@ -587,6 +587,25 @@ async def test_an_engine_that_cannot_start_says_why_and_leaves_nothing():
     assert engine.group.closed
 
 
+async def test_an_engine_that_is_shut_down_while_it_starts_does_not_come_up(monkeypatch):
+    engine = FakeEngine(EngineConfig(model="fake"))
+    room, start = asyncio.Event(), engine.group.start
+
+    async def start_late():
+        await room.wait()
+        return await start()
+
+    monkeypatch.setattr(engine.group, "start", start_late)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    await engine.shutdown()
+    room.set()
+    with pytest.raises(EngineError, match="shutting down"):
+        await starting
+    assert not await engine.ready()
+    assert engine.group.ranks == []
+
+
 async def test_a_shut_down_engine_fails_what_is_in_flight():
     engine = FakeEngine(EngineConfig(model="fake"), step_s=0.001)
     await engine.start()
