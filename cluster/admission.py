@@ -83,6 +83,7 @@ def demand(request: Request, info: EngineInfo) -> Demand:
     return Demand(
         request_id=request.request_id,
         token_ids=request.token_ids,
+        num_tokens=request.num_read_tokens,
         kv_bytes=request_bytes(request, info),
         flops=flops,
         layers=(depth, schedule.attention_density),

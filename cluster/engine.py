@@ -161,7 +161,7 @@ class Engine:
             kv_bytes=sum(flight.kv_bytes for flight in flights),
             kv_bytes_limit=info.kv_bytes_limit * info.world_size,
             queued_prefill_tokens=sum(
-                len(flight.request.token_ids) for flight in flights if flight.prefilled is None
+                flight.request.num_read_tokens for flight in flights if flight.prefilled is None
             ),
             reserved_bytes=scheduler.reserved_bytes * info.world_size,
             document_bytes=scheduler.document_bytes * info.world_size,

@@ -42,7 +42,7 @@ def routing_stats(*, ready: bool, queued: Sequence[Request]) -> dict[str, Any]:
     tokens: dict[str, int] = {}
     for request in queued:
         router_id = request.request_id.partition("-")[0]
-        tokens[router_id] = tokens.get(router_id, 0) + len(request.token_ids)
+        tokens[router_id] = tokens.get(router_id, 0) + request.num_read_tokens
     return {"ready": ready, "queued": tokens}
 
 
@@ -94,7 +94,7 @@ class ServeEngine:
         """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache. A
         replica that is full, or too small, passes the request on to one that may have room, each of them
         once."""
-        placement = self._balance.open(request.token_ids)
+        placement = self._balance.open(request.token_ids, request.num_read_tokens)
         full: EngineError | None = None
         try:
             while True:

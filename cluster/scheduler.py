@@ -26,14 +26,15 @@ from spts.cost import ModelShape, reused_flops
 class Demand:
     """What a request takes.
 
-    kv_bytes: the most it holds on a rank at any time. flops: until its first token, nothing reused. layers:
-    those that run all of its tokens; document_bytes: of one token kept after them, on a rank; block_tokens:
-    what is kept or reused is a multiple of it (`Schedule.block_tokens`), prefix_tokens too, which is else as
-    in `cluster.protocol.Request`.
+    num_tokens: to read, those to follow among them. kv_bytes: the most it holds on a rank at any time. flops:
+    until its first token, nothing reused. layers: those that run all of its tokens; document_bytes: of one
+    token kept after them, on a rank; block_tokens: what is kept or reused is a multiple of it
+    (`Schedule.block_tokens`), prefix_tokens too, which is else as in `cluster.protocol.Request`.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
+    num_tokens: int
     kv_bytes: int
     flops: int
     layers: Layers = (0, 1.0)
@@ -141,12 +142,12 @@ class Scheduler:
                 f"requests in flight must be at most {limit} ({self._max_running} running and "
                 f"{self._max_waiting} waiting), got one more; retry later",
             )
-        tokens = sum(len(each.token_ids) for each in self._waiting.values())
-        if tokens and tokens + len(demand.token_ids) > self._max_waiting_tokens:
+        tokens = sum(each.num_tokens for each in self._waiting.values())
+        if tokens and tokens + demand.num_tokens > self._max_waiting_tokens:
             raise EngineError(
                 "overloaded",
                 f"prompt tokens waiting must be at most {self._max_waiting_tokens}, got {tokens} and "
-                f"{len(demand.token_ids)} more; retry later",
+                f"{demand.num_tokens} more; retry later",
             )
         self._waiting[demand.request_id] = demand
 

@@ -15,6 +15,7 @@ from cluster import warm_up
 from cluster.admission import demand
 from cluster.config import EngineConfig
 from cluster.protocol import Agreement, Chunk, EngineError, Request
+from cluster.replicas import routing_stats
 from spts import cost
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -250,6 +251,21 @@ def test_what_is_followed_costs_a_run_over_all_of_it_and_a_dense_one_to_compare_
         assert followed.flops - once.flops == runs * whole + whole - prompt
         needed[method.name] = followed.kv_bytes
     assert needed["spts"] - needed["dense"] >= 50 * SHAPE.vocab_size * 4, "a second distribution"
+
+
+async def test_tokens_to_follow_are_tokens_to_read():
+    """An echo has a prompt of one token: what else there is to read counts wherever prompts do."""
+    async with started(step_s=0.05, max_running=1, max_waiting=2, max_waiting_tokens=400) as engine:
+        echoes = [request(name, (1,), follow=(2,) * 300, max_new_tokens=300) for name in "abc"]
+        sent = []
+        for echo in echoes[:2]:
+            sent.append(asyncio.create_task(engine.run(echo)))
+            await asyncio.sleep(0.01)
+        assert (await engine.stats()).queued_prefill_tokens == 600
+        with pytest.raises(EngineError, match="waiting must be at most 400, got 300 and 300 more"):
+            await engine.run(echoes[2])
+        await asyncio.gather(*sent)
+    assert routing_stats(ready=True, queued=echoes)["queued"] == dict.fromkeys("abc", 300)
 
 
 async def test_a_result_says_what_was_reused():

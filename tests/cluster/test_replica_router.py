@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import ray
@@ -175,6 +176,14 @@ async def test_a_prompt_counts_until_its_first_token():
     assert chunks == [FIRST, FIRST]
     assert handle.stream.cancelled
     assert handle.stream.placed.request.request_id.partition("-")[0] == balance.router_id
+
+
+async def test_tokens_to_follow_are_ahead_of_a_replica_too():
+    balance = Balance(affinity_tokens=0)
+    handle = Handle([FIRST])
+    await anext(ServeEngine(handle, balance).generate(replace(request(), follow=(7,) * 600)))
+    assert handle.stream.placed.placement.num_tokens == 609
+    assert len(balance._readers) == 0, "of these nothing is kept"
 
 
 async def test_a_second_try_has_an_id_of_its_own():

@@ -20,8 +20,8 @@ from tests.fakes import SHAPE
 
 
 def demand(request_id: str, **fields: Any) -> Demand:
-    usual: dict[str, Any] = {"kv_bytes": 10, "flops": 100, "token_ids": (1, 2, 3)}
-    return Demand(request_id=request_id, **{**usual, **fields})
+    usual: dict[str, Any] = {"kv_bytes": 10, "flops": 100, "token_ids": (1, 2, 3), **fields}
+    return Demand(request_id=request_id, **{"num_tokens": len(usual["token_ids"]), **usual})
 
 
 def scheduler(*, document_bytes: int = 0, **fields: Any) -> Scheduler:
@@ -407,6 +407,7 @@ class Life(RuleBasedStateMachine):
         sent = Demand(
             request_id=name,
             token_ids=token_ids,
+            num_tokens=len(token_ids),
             kv_bytes=min(kv_bytes, self.limit),
             flops=flops,
             layers=(0 if own == 1 else 2, 1.0 if block_tokens == 1 else 0.5),
