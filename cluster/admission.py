@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.protocol import EngineError, EngineInfo, ErrorKind, Request
-from cluster.scheduler import Demand, too_large
+from cluster.scheduler import Demand
 from spts import cost, memory
 from spts.errors import ConfigError, RequestError, SptsError
 from spts.methods import Dense, Method
@@ -42,7 +42,12 @@ def check_request(request: Request, info: EngineInfo) -> None:
         _check_proxies(request.method, info)
     num_bytes = request_bytes(request, info)
     if num_bytes > info.kv_bytes_limit:
-        raise too_large(num_bytes, info.kv_bytes_limit)
+        raise EngineError(
+            "context_length_exceeded",
+            f"prompt + max_new_tokens must fit into {info.kv_bytes_limit} bytes of KV memory on each rank, "
+            f"got {num_bytes} bytes; shorten the prompt, ask for fewer tokens, or skip more of them",
+            "max_new_tokens",
+        )
 
 
 def request_bytes(request: Request, info: EngineInfo) -> int:
@@ -50,15 +55,16 @@ def request_bytes(request: Request, info: EngineInfo) -> int:
     num_tokens, new_tokens = len(request.token_ids), request.max_new_tokens
     if not request.follow:
         return _prompt_bytes(request.method, num_tokens, new_tokens, info)
-    # Both models' prompts, one after the other and unsliced; then the given tokens, all at once; then both
-    # models' distributions, compared in float64.
+    # The method's prompt and the dense model's, one after the other and unsliced; then the given tokens, all
+    # at once; then the distributions, one of them once more while it is put together, and what comparing
+    # takes.
+    methods = {request.method, Dense()}
     whole = replace(info, slice_tokens=None)
-    num_bytes = max(
-        _prompt_bytes(method, num_tokens, new_tokens, whole) for method in (request.method, Dense())
-    )
+    num_bytes = max(_prompt_bytes(method, num_tokens, new_tokens, whole) for method in methods)
     num_bytes += _prompt_bytes(Dense(), new_tokens, 0, whole)
-    num_bytes += new_tokens * info.shape.vocab_size * (2 * 4 + 3 * 8)
-    return num_bytes
+    vocab_size = info.shape.vocab_size
+    num_bytes += (len(methods) + 1) * new_tokens * vocab_size * 4
+    return num_bytes + memory.comparison_bytes(vocab_size, new_tokens)
 
 
 def demand(request: Request, info: EngineInfo) -> Demand:
@@ -68,15 +74,16 @@ def demand(request: Request, info: EngineInfo) -> Demand:
     depth, block_tokens = schedule.first_skip_layer, schedule.block_tokens
     work = method.planned_work(shape.num_layers, len(request.token_ids))
     flops = cost.prefill_flops(shape, work, info.proxy).total
-    if request.follow:  # the dense run to compare with too, and in both of them the given tokens but the last
+    if request.follow:  # the given tokens but the last too; and all of it densely, to compare with
         prompt, whole = (
             cost.dense_flops(shape, len(request.token_ids) + more).total
             for more in (0, len(request.follow) - 1)
         )
-        flops += whole + whole - prompt
+        flops += whole - prompt + (0 if method == Dense() else whole)
     return Demand(
         request_id=request.request_id,
         token_ids=request.token_ids,
+        num_tokens=request.num_read_tokens,
         kv_bytes=request_bytes(request, info),
         flops=flops,
         layers=(depth, schedule.attention_density),

@@ -44,27 +44,16 @@ class Balance:
         self._max_blocks = max_blocks
         self._clock = clock
         self._lock = threading.Lock()
+        # Tokens of the prompts that this router sent to each replica and that have had no token back.
         self._ahead: Counter[str] = Counter()
         self._readers: OrderedDict[bytes, str] = OrderedDict()
         self._avoided: dict[str, float] = {}
         self._turns: dict[str, int] = {}
         self._turn = 0
 
-    def open(self, token_ids: Sequence[int]) -> Placement:
-        """A prompt that is to go somewhere. To be closed."""
-        return Placement(self, token_ids)
-
-    @property
-    def ahead(self) -> dict[str, int]:
-        """Tokens of the prompts that this router sent to each replica and that have had no token back."""
-        with self._lock:
-            return dict(+self._ahead)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks remembered now."""
-        with self._lock:
-            return len(self._readers)
+    def open(self, token_ids: Sequence[int], num_tokens: int | None = None) -> Placement:
+        """A prompt that is to go somewhere. To be closed. num_tokens: to read, if not the prompt's alone."""
+        return Placement(self, token_ids, len(token_ids) if num_tokens is None else num_tokens)
 
     def _rank(
         self, placement: Placement, replicas: Mapping[str, int | None], blocks: Sequence[bytes]
@@ -121,16 +110,16 @@ class Balance:
 class Placement:
     """Where one prompt goes. Its tokens count as ahead of a replica from `rank` to `close`.
 
-    num_tokens: of the prompt. replica: where it is now; None = nowhere. refused_by: replicas that were full.
+    num_tokens: to read. replica: where it is now; None = nowhere. refused_by: replicas that were full.
     others: those that might take it, when it was ranked.
     """
 
-    def __init__(self, balance: Balance, token_ids: Sequence[int]) -> None:
+    def __init__(self, balance: Balance, token_ids: Sequence[int], num_tokens: int) -> None:
         self._balance = balance
         self._token_ids = token_ids
         self._blocks: list[bytes] = []
         self._closed = False
-        self.num_tokens = len(token_ids)
+        self.num_tokens = num_tokens
         self.replica: str | None = None
         self.refused_by: set[str] = set()
         self.others: set[str] = set()

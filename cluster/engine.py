@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ from spts.methods import Method
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "failed", "stopped"]
+
+_SHUTTING_DOWN = "the engine is shutting down; retry later"
 
 
 class Engine:
@@ -70,7 +72,7 @@ class Engine:
         self._watch_task: asyncio.Task[None] | None = None
         self._start_lock = asyncio.Lock()
         self._step_began: float | None = None
-        self.num_restarts = 0
+        self._restarts = 0
 
     async def start(self) -> EngineInfo:
         """Load the model, answer a few requests, and begin to serve. Again: only the info.
@@ -159,12 +161,13 @@ class Engine:
             kv_bytes=sum(flight.kv_bytes for flight in flights),
             kv_bytes_limit=info.kv_bytes_limit * info.world_size,
             queued_prefill_tokens=sum(
-                len(flight.request.token_ids) for flight in flights if flight.prefilled is None
+                flight.request.num_read_tokens for flight in flights if flight.prefilled is None
             ),
             reserved_bytes=scheduler.reserved_bytes * info.world_size,
             document_bytes=scheduler.document_bytes * info.world_size,
             held_requests=self._latest.held_requests,
             held_documents=self._latest.held_documents,
+            restarts=self._restarts,
         )
 
     async def shutdown(self) -> None:
@@ -173,7 +176,7 @@ class Engine:
         for task in (self._step_loop, self._watch_task):
             if task is not None:
                 task.cancel()
-        self._fail_all(EngineError("unavailable", "the engine is shutting down; retry later"))
+        self._fail_all(EngineError("unavailable", _SHUTTING_DOWN))
         await self._group.stop()
         self._group.close()
 
@@ -322,6 +325,8 @@ class Engine:
         info = await self._group.start()
         check_context(info, self._methods)
         self._latest = await warm_up.run(self._group, info, config.max_running)
+        if self._state == "stopped":  # meanwhile, when there may have been no ranks to end yet
+            raise EngineError("unavailable", _SHUTTING_DOWN)
         self._info = info
         self._scheduler = Scheduler(
             shape=info.shape,
@@ -355,7 +360,7 @@ class Engine:
             except (EngineError, SptsError) as error:
                 reason = error if isinstance(error, EngineError) else EngineError("unavailable", str(error))
             else:
-                self.num_restarts += 1
+                self._restarts += 1
                 return
         raise EngineError("unavailable", f"the ranks did not start again: {reason.message}")
 
@@ -367,7 +372,8 @@ def start_engine(config: EngineConfig, *, name: str | None = None) -> Any:
         result = ray.get(engine.run.remote(request))
         stop_engine(engine)
 
-    Raises SptsError for the user's faults and EngineError for the rest.
+    Raises SptsError for the user's faults and EngineError for the rest. Whatever ends the wait, Ctrl-C too,
+    ends the engine.
     """
     import ray
 
@@ -375,9 +381,11 @@ def start_engine(config: EngineConfig, *, name: str | None = None) -> Any:
     engine = actor.options(name=name).remote(config)
     try:
         ray.get(engine.start.remote())
-    except ray.exceptions.RayTaskError as error:
-        ray.kill(engine)
-        if isinstance(error.cause, SptsError | EngineError):
+    except BaseException as error:  # of a Ctrl-C the actor hears nothing
+        stop_engine(engine)
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(
+            error.cause, SptsError | EngineError
+        ):
             raise error.cause from None
         raise
     return engine
@@ -391,9 +399,9 @@ def stop_engine(engine: Any) -> None:
         ray.get(engine.shutdown.remote(), timeout=60)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         logger.info("the engine was gone before it was stopped")
-    ray.kill(engine)
-    try:
-        left = ray.util.get_placement_group(placement_name(engine._actor_id.hex()))
-    except ValueError:
-        return  # the engine gave it back itself
-    ray.util.remove_placement_group(left)
+    finally:  # also when the wait was ended by another Ctrl-C
+        ray.kill(engine)
+        # Unless the engine gave its place back itself.
+        with suppress(ValueError):
+            left = ray.util.get_placement_group(placement_name(engine._actor_id.hex()))
+            ray.util.remove_placement_group(left)

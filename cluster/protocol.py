@@ -83,6 +83,12 @@ class Request:
     activity_bins: int = 0
     ignore_eos: bool = False
 
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens to read until its first token: the prompt's, and those to follow, of which the last is never
+        read."""
+        return len(self.token_ids) + max(0, len(self.follow) - 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
@@ -177,9 +183,9 @@ class EngineStats:
 
     Bytes are over all ranks. kv_bytes: of the running requests' caches, counted from the end of a prefill.
     reserved_bytes: what requests in prefill or running may take at most. document_bytes: what is kept of
-    prompts for others. kv_bytes_limit: what the last two may take together. queued_prefill_tokens: prompt
-    tokens of the requests whose prefill has not ended. held_requests, held_documents: not from the engine's
-    books, but what rank 0 had after its latest step.
+    prompts for others. kv_bytes_limit: what the last two may take together. queued_prefill_tokens: tokens
+    to read of the requests whose prefill has not ended. held_requests, held_documents: not from the engine's
+    books, but what rank 0 had after its latest step. restarts: how often the ranks have started again.
     """
 
     running: int
@@ -191,6 +197,7 @@ class EngineStats:
     document_bytes: int = 0
     held_requests: int = 0
     held_documents: int = 0
+    restarts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

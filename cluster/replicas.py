@@ -42,7 +42,7 @@ def routing_stats(*, ready: bool, queued: Sequence[Request]) -> dict[str, Any]:
     tokens: dict[str, int] = {}
     for request in queued:
         router_id = request.request_id.partition("-")[0]
-        tokens[router_id] = tokens.get(router_id, 0) + len(request.token_ids)
+        tokens[router_id] = tokens.get(router_id, 0) + request.num_read_tokens
     return {"ready": ready, "queued": tokens}
 
 
@@ -67,10 +67,13 @@ class ServeEngine:
         self._sent = count()
 
     async def info(self) -> EngineInfo:
-        """See `Engine.info`; the same for all replicas."""
+        """See `Engine.info`. Replicas may differ in their GPUs' memory: of those that answer, the one with
+        most KV memory, as a request that others have no room for goes on to it."""
         with _engine_errors():
-            info: EngineInfo = await self._handle.info.remote()
-            return info
+            first: EngineInfo = await self._handle.info.remote()  # waits until one is there
+        answers = await asyncio.gather(*await self._everyone("info"))
+        known = [first, *(answer for answer in answers if isinstance(answer, EngineInfo))]
+        return max(known, key=lambda info: info.kv_bytes_limit)
 
     async def ready(self) -> bool:
         """See `Engine.ready`: whether any replica is."""
@@ -89,8 +92,10 @@ class ServeEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`. Leaving the stream cancels it in the replica, which frees its cache. A
-        replica that is full passes the request on to one that may have room, each of them once."""
-        placement = self._balance.open(request.token_ids)
+        replica that is full, or too small, passes the request on to one that may have room, each of them
+        once."""
+        placement = self._balance.open(request.token_ids, request.num_read_tokens)
+        full: EngineError | None = None
         try:
             while True:
                 # A second try may reach a replica that has yet to hear that the first one is over.
@@ -107,8 +112,12 @@ class ServeEngine:
                     if error.kind == "unavailable":
                         placement.fail()
                     # Placements count what is to be read; a replica may have its places taken by answers.
-                    if error.kind != "overloaded" or not placement.refuse():
+                    if error.kind not in ("overloaded", "context_length_exceeded"):
                         raise
+                    if error.kind == "overloaded":
+                        full = error
+                    if not placement.refuse():
+                        raise (full or error) from None  # who is full has room later, who is too small never
                 finally:
                     chunks.cancel()
         finally:

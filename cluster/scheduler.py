@@ -26,14 +26,15 @@ from spts.cost import ModelShape, reused_flops
 class Demand:
     """What a request takes.
 
-    kv_bytes: the most it holds on a rank at any time. flops: until its first token, nothing reused. layers:
-    those that run all of its tokens; document_bytes: of one token kept after them, on a rank; block_tokens:
-    what is kept or reused is a multiple of it (`Schedule.block_tokens`), prefix_tokens too, which is else as
-    in `cluster.protocol.Request`.
+    num_tokens: to read, those to follow among them. kv_bytes: the most it holds on a rank at any time. flops:
+    until its first token, nothing reused. layers: those that run all of its tokens; document_bytes: of one
+    token kept after them, on a rank; block_tokens: what is kept or reused is a multiple of it
+    (`Schedule.block_tokens`), prefix_tokens too, which is else as in `cluster.protocol.Request`.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
+    num_tokens: int
     kv_bytes: int
     flops: int
     layers: Layers = (0, 1.0)
@@ -131,10 +132,9 @@ class Scheduler:
         return waiting + sum(prefill.flops_left for prefill in self._prefills.values())
 
     def admit(self, demand: Demand) -> None:
-        """Queue a new request. Raises EngineError: "overloaded" when the queue is full,
-        "context_length_exceeded" when it would not fit into an empty engine."""
-        if demand.kv_bytes > self._limit:
-            raise too_large(demand.kv_bytes, self._limit)
+        """Queue a new request, which fits into an empty engine (`cluster.admission.check_request`). Raises
+        EngineError "overloaded" when the queue is full."""
+        assert demand.kv_bytes <= self._limit, "it would wait for ever, and all behind it"
         limit = self._max_running + self._max_waiting
         if self.num_running + self.num_waiting >= limit:
             raise EngineError(
@@ -142,12 +142,12 @@ class Scheduler:
                 f"requests in flight must be at most {limit} ({self._max_running} running and "
                 f"{self._max_waiting} waiting), got one more; retry later",
             )
-        tokens = sum(len(each.token_ids) for each in self._waiting.values())
-        if tokens and tokens + len(demand.token_ids) > self._max_waiting_tokens:
+        tokens = sum(each.num_tokens for each in self._waiting.values())
+        if tokens and tokens + demand.num_tokens > self._max_waiting_tokens:
             raise EngineError(
                 "overloaded",
                 f"prompt tokens waiting must be at most {self._max_waiting_tokens}, got {tokens} and "
-                f"{len(demand.token_ids)} more; retry later",
+                f"{demand.num_tokens} more; retry later",
             )
         self._waiting[demand.request_id] = demand
 
@@ -217,12 +217,12 @@ class Scheduler:
         candidates: Iterable[Demand] = [first]
         if self._prefills:
             (oldest, *beside) = self._prefills.values()
-            if beside or self._slice_flops is None:
+            # Whoever starts goes at once: in the oldest's turn nobody does.
+            if beside or not self._second_next or self._slice_flops is None:
                 return None
-            candidates = [each for each in self._waiting.values() if self._flops(each) < oldest.flops_left]
+            candidates = (each for each in self._waiting.values() if self._flops(each) < oldest.flops_left)
         for demand in candidates:
             if self._fits(demand):
-                self._second_next = bool(self._prefills)  # who starts beside another goes at once
                 return self._begin(demand)
         return None
 
@@ -292,13 +292,3 @@ class Scheduler:
             reuse=None if reads is None else (reads.name, length),
             keep=None if leaves is None else (leaves.name, limit),
         )
-
-
-def too_large(kv_bytes: int, limit: int) -> EngineError:
-    """Why a request is refused that no waiting would help."""
-    return EngineError(
-        "context_length_exceeded",
-        f"prompt + max_new_tokens must fit into {limit} bytes of KV memory on each rank, got {kv_bytes} "
-        "bytes; shorten the prompt, ask for fewer tokens, or skip more of them",
-        "max_new_tokens",
-    )

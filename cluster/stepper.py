@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Prefilling:
-    """A request in prefill. dense_NV: what to compare it with, if it follows; rank 0 alone has the rows.
-    document: name of what it leaves for others."""
+    """A request in prefill. dense_NV: what to compare it with, if it follows and is not dense itself; rank 0
+    alone has the rows. document: name of what it leaves for others."""
 
     request: Request
     state: PrefillState
@@ -139,7 +139,8 @@ class Stepper:
             answer.refused.append((request.request_id, as_engine_error(error)))
             return
         # Before the request's own layers, so that neither holds memory while the other runs.
-        dense_NV = self._reference(request) if request.follow else None
+        compared = bool(request.follow) and request.method != Dense()
+        dense_NV = self._reference(request) if compared else None
         self._prefills[request.request_id] = Prefilling(
             request=request, state=state, dense_NV=dense_NV, document=leaves
         )
@@ -166,7 +167,7 @@ class Stepper:
             answer.kept = prefilling.document
         if self._rank == 0:
             answer.prefilled = self._prefilled(request, state)
-        if prefilling.dense_NV is not None:
+        if request.follow:
             self._follow(request, state.result, prefilling.dense_NV, answer)
             return
         running = Running(request=request, cache=state.cache, generator=make_generator(request.sampling))
@@ -208,11 +209,11 @@ class Stepper:
             self._references.put(key, dense_NV, num_bytes)
         return dense_NV
 
-    def _follow(self, request: Request, prefill: Prefill, dense_NV: Tensor, answer: Answer) -> None:
+    def _follow(self, request: Request, prefill: Prefill, dense_NV: Tensor | None, answer: Answer) -> None:
         logits_NV = self._model.follow_on(prefill, request.follow)
         if self._rank != 0:
             return
-        kl_N, rank_N = compare(dense_NV.to(logits_NV.device), logits_NV)
+        kl_N, rank_N = compare(logits_NV if dense_NV is None else dense_NV, logits_NV)
         if not bool(kl_N.isfinite().all()):
             message = "the distributions must be finite to be compared; the activations overflowed"
             answer.refused.append((request.request_id, EngineError("internal", message)))

@@ -97,7 +97,8 @@ def _skipping(info: EngineInfo) -> list[tuple[Method, int]]:
     num_layers, first = info.shape.num_layers, info.first_proxy_layer
     if first is None or first == num_layers:
         return []
-    stage = Stage(last_layer=num_layers - 1, active_tokens=_BUDGET, keep_tokens=_BUDGET // 2)
+    # A layer is left to see the cut, where there are two.
+    stage = Stage(last_layer=max(first, num_layers - 2), active_tokens=_BUDGET, keep_tokens=_BUDGET // 2)
     return [
         (
             Spts(

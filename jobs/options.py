@@ -118,7 +118,8 @@ def describe_schedule(schedule: Schedule) -> str:
     parts = [f"dense before layer {schedule.first_skip_layer}{sparse}"]
     first = schedule.first_skip_layer
     for stage in schedule.stages:
-        cut = "" if stage.keep_tokens is None else f", then keep {stage.keep_tokens}"
+        keep = schedule.keep_tokens(stage.last_layer)
+        cut = "" if keep is None else f", then keep {keep}"
         layers = f"{first}-{stage.last_layer}" if first < stage.last_layer else f"{first}"
         parts.append(f"{layers}: {stage.active_tokens} tokens{cut}")
         first = stage.last_layer + 1

@@ -196,13 +196,6 @@ class Flops:
         """FLOP of the prefill."""
         return self.lm_head + sum(layer.total for layer in self.layers)
 
-    @property
-    def by_component(self) -> dict[str, int]:
-        """FLOP summed over the layers, by the names in LayerFlops, and "lm_head"; adds up to `total`."""
-        names = [field.name for field in fields(LayerFlops)]
-        sums = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
-        return {**sums, "lm_head": self.lm_head}
-
 
 def prefill_flops(shape: ModelShape, work: Sequence[LayerWork], proxy: ProxyShape | None = None) -> Flops:
     """FLOP of a prefill that did `work`, on a model of `shape` with proxies of size `proxy`.

@@ -17,11 +17,14 @@ from spts.cost import LayerWork, ModelShape, ProxyShape, rows_within
 from spts.kernels.blocks import BLOCK_TOKENS, CACHED_ELEMENTS, blocks_read
 
 _FLOAT_BYTES = 4
+_DOUBLE_BYTES = 8
 _INDEX_BYTES = 8
 # Queries that attend at once where a mask has to be written out, and what lengths are rounded up to:
 # `spts.kernels`.
 _MASKED_QUERIES = 1024
 _ROUNDED_TO = 256
+# Elements of the blocks of rows that `spts.agreement` compares: some 180 MB.
+COMPARED_ELEMENTS = 1 << 22
 
 
 def request_bytes(
@@ -62,6 +65,13 @@ def request_bytes(
             working = sizes.skipping(layer, kept * stream_row)
         most = max(most, held + layer.candidates * stream_row + working)
     return most + 4 * shape.vocab_size * _FLOAT_BYTES
+
+
+def comparison_bytes(vocab_size: int, num_tokens: int) -> int:
+    """The most bytes that `spts.agreement.compare` holds for two distributions over `num_tokens` tokens,
+    beside these themselves: of a block of rows one copy in float32, and five in float64."""
+    block = max(vocab_size, min(num_tokens * vocab_size, COMPARED_ELEMENTS))
+    return block * (_FLOAT_BYTES + 5 * _DOUBLE_BYTES)
 
 
 class _Sizes:

@@ -24,7 +24,8 @@ class Stage:
     last_layer: index of its last layer, counted from 0.
     active_tokens: M, tokens that run attention and tokens that run the FFN in each of its layers (a count,
         not a ratio). A prompt with no more candidates than this runs dense here.
-    keep_tokens: size of the candidate set T after the stage's last layer; None = no cut.
+    keep_tokens: size of the candidate set T after the stage's last layer; None = no cut. After the model's
+        last layer there is nothing to cut for.
 
     Raises ConfigError when a number is not an integer, or is out of range.
     """
@@ -291,9 +292,12 @@ class Schedule:
         return None if stage is None else stage.active_tokens
 
     def keep_tokens(self, layer: int) -> int | None:
-        """Candidates to keep after layer `layer` (0-based); None unless it ends a stage that cuts."""
+        """Candidates to keep after layer `layer` (0-based); None unless it ends a stage that cuts. None too
+        after the model's last layer: no layer reads the candidates, and the last token is always one."""
         stage = self._stage_by_layer[layer]
-        return stage.keep_tokens if stage is not None and stage.last_layer == layer else None
+        if stage is None or stage.last_layer != layer or layer == self.num_layers - 1:
+            return None
+        return stage.keep_tokens
 
     def density(self, layer: int) -> float:
         """Share of the blocks of keys that attention reads in layer `layer` (0-based); 1.0 = all."""

@@ -84,7 +84,8 @@ def tidy(schedule: Schedule, num_tokens: int) -> Schedule:
     stages: list[Stage] = []
     first, candidates = schedule.first_skip_layer, num_tokens
     for stage in schedule.stages:
-        cuts = stage.keep_tokens is not None and stage.keep_tokens < candidates
+        keep = schedule.keep_tokens(stage.last_layer)
+        cuts = keep is not None and keep < candidates
         if not stages and not cuts and stage.active_tokens >= candidates:
             first = stage.last_layer + 1
             continue
@@ -92,10 +93,10 @@ def tidy(schedule: Schedule, num_tokens: int) -> Schedule:
             replace(
                 stage,
                 active_tokens=min(stage.active_tokens, candidates),
-                keep_tokens=stage.keep_tokens if cuts else None,
+                keep_tokens=keep if cuts else None,
             )
         )
-        candidates = min(candidates, stage.keep_tokens or candidates)
+        candidates = min(candidates, keep or candidates)
     if not stages:
         return Schedule.dense(schedule.num_layers)
     return replace(schedule, first_skip_layer=first, stages=tuple(stages))

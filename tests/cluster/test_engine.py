@@ -15,6 +15,7 @@ from cluster import warm_up
 from cluster.admission import demand
 from cluster.config import EngineConfig
 from cluster.protocol import Agreement, Chunk, EngineError, Request
+from cluster.replicas import routing_stats
 from spts import cost
 from spts.errors import ConfigError
 from spts.methods import Dense, Spts
@@ -235,17 +236,36 @@ async def test_a_followed_answer_is_what_was_given_and_only_its_length_ends_it()
     )
 
 
-def test_what_is_followed_costs_two_runs_over_all_of_it():
-    """So that a prompt of one token with its whole text to follow, an echo, overtakes no shorter prompt."""
+def test_what_is_followed_costs_a_run_over_all_of_it_and_a_dense_one_to_compare_with():
+    """So that a prompt of one token with its whole text to follow, an echo, overtakes no shorter prompt. A
+    dense one is compared with itself."""
     engine_info = info(EngineConfig(model="fake"))
     echo = demand(request(token_ids=(1,), follow=(2,) * 300, max_new_tokens=300), engine_info)
-    assert echo.flops == pytest.approx(2 * cost.dense_flops(SHAPE, 300).total, rel=0.01)
-    spts = Spts(schedule=SCHEDULE)
-    sent = request(token_ids=(1,) * 200, method=spts, follow=(2,) * 50, max_new_tokens=50)
-    once = demand(replace(sent, follow=()), engine_info)
-    both = demand(sent, engine_info)
-    dense = cost.dense_flops(SHAPE, 249).total
-    assert both.flops - once.flops == 2 * dense - cost.dense_flops(SHAPE, 200).total
+    assert echo.flops == pytest.approx(cost.dense_flops(SHAPE, 300).total, rel=0.01)
+    sent = request(token_ids=(1,) * 200, follow=(2,) * 50, max_new_tokens=50)
+    prompt, whole = (cost.dense_flops(SHAPE, num_tokens).total for num_tokens in (200, 249))
+    needed = {}
+    for method, runs in ((Dense(), 0), (Spts(schedule=SCHEDULE), 1)):
+        once = demand(replace(sent, method=method, follow=()), engine_info)
+        followed = demand(replace(sent, method=method), engine_info)
+        assert followed.flops - once.flops == runs * whole + whole - prompt
+        needed[method.name] = followed.kv_bytes
+    assert needed["spts"] - needed["dense"] >= 50 * SHAPE.vocab_size * 4, "a second distribution"
+
+
+async def test_tokens_to_follow_are_tokens_to_read():
+    """An echo has a prompt of one token: what else there is to read counts wherever prompts do."""
+    async with started(step_s=0.05, max_running=1, max_waiting=2, max_waiting_tokens=400) as engine:
+        echoes = [request(name, (1,), follow=(2,) * 300, max_new_tokens=300) for name in "abc"]
+        sent = []
+        for echo in echoes[:2]:
+            sent.append(asyncio.create_task(engine.run(echo)))
+            await asyncio.sleep(0.01)
+        assert (await engine.stats()).queued_prefill_tokens == 600
+        with pytest.raises(EngineError, match="waiting must be at most 400, got 300 and 300 more"):
+            await engine.run(echoes[2])
+        await asyncio.gather(*sent)
+    assert routing_stats(ready=True, queued=echoes)["queued"] == dict.fromkeys("abc", 300)
 
 
 async def test_a_result_says_what_was_reused():
@@ -324,9 +344,10 @@ async def test_a_request_that_needs_more_memory_than_there_is_gets_the_numbers()
     """Following tokens takes distributions over the vocabulary too, so it may not fit where a prompt does."""
     async with started(kv_cache_bytes=2**21, max_model_len=400) as engine:
         sent = request(token_ids=(1,) * 200, follow=(1,) * 200, max_new_tokens=200)
-        with pytest.raises(EngineError, match=r"fit into 2097152 bytes .* got \d+ bytes") as refused:
+        needed = demand(sent, info(EngineConfig(model="fake"))).kv_bytes
+        with pytest.raises(EngineError, match=rf"fit into 2097152 bytes .* got {needed} bytes") as refused:
             await engine.run(sent)
-    assert refused.value.kind == "context_length_exceeded"
+    assert (refused.value.kind, refused.value.param) == ("context_length_exceeded", "max_new_tokens")
 
 
 async def test_requests_that_do_not_fit_together_wait_for_one_another():
@@ -484,7 +505,7 @@ async def test_a_failed_step_fails_what_is_in_flight_and_the_group_restarts(kind
         while not await engine.ready():
             await asyncio.sleep(0.001)
         assert (await engine.run(request("after"))).token_ids == (1, 2, 3, 1)
-        assert (engine.num_restarts, engine.group.num_starts) == (1, 2)
+        assert ((await engine.stats()).restarts, engine.group.num_starts) == (1, 2)
         assert await engine.ready()
 
 
@@ -492,10 +513,10 @@ async def test_a_rank_that_dies_while_nothing_runs_is_noticed():
     async with started() as engine:
         engine.group.lose_a_rank()
         for _ in range(100):
-            if engine.num_restarts:
+            if (await engine.stats()).restarts:
                 break
             await asyncio.sleep(0.01)
-        assert engine.num_restarts == 1
+        assert (await engine.stats()).restarts == 1
         assert (await engine.run(request())).token_ids == (1, 2, 3, 1)
 
 
@@ -504,11 +525,11 @@ async def test_ranks_that_start_again_are_ready_once_they_have_made_a_token():
         steps = len(engine.group.steps)
         engine.group.fail_next = EngineError("internal", "they load, and cannot compute")
         engine.group.lose_a_rank()
-        while engine.num_restarts == 0:
+        while (await engine.stats()).restarts == 0:
             assert not await engine.ready() or engine.group.num_starts == 1
             await asyncio.sleep(0)
         assert await engine.ready()
-        assert (engine.group.num_starts, engine.num_restarts) == (3, 1)
+        assert (engine.group.num_starts, (await engine.stats()).restarts) == (3, 1)
         first, then, _ = engine.group.steps[steps:]
         assert first.start == then.start
         assert then.advance is not None and then.advance[0] == "warm-up-0"
@@ -539,6 +560,11 @@ def test_prompts_in_slices_and_prompts_that_skip_are_warmed_up_with_where_there_
     assert read(replace(roomy, device="cpu")) == [one]
     _, _, whole, sparse, _ = (sent.method.schedule_for(6) for sent, _ in warm_up.prompts(roomy))
     assert (whole.attention_density, sparse.attention_density < 1) == (1, True)
+    for sent, _ in warm_up.prompts(roomy)[2:]:
+        work = sent.method.planned_work(6, len(sent.token_ids))
+        assert [each.candidates for each in work[-2:]] == [len(sent.token_ids), 64], "a cut too"
+    (last,) = {sent.method for sent, _ in warm_up.prompts(replace(roomy, first_proxy_layer=5))[2:3]}
+    assert [each.attention_tokens for each in last.planned_work(6, 512)[-2:]] == [512, 128]
     (_, flops) = warm_up.prompts(roomy)[1]
     assert flops is not None
     assert cost.rows_within(SHAPE, 0, 2304, flops) >= 1152, "two slices a layer"
@@ -575,6 +601,25 @@ async def test_an_engine_that_cannot_start_says_why_and_leaves_nothing():
     with pytest.raises(EngineError, match="no room"):
         await engine.start()
     assert engine.group.closed
+
+
+async def test_an_engine_that_is_shut_down_while_it_starts_does_not_come_up(monkeypatch):
+    engine = FakeEngine(EngineConfig(model="fake"))
+    room, start = asyncio.Event(), engine.group.start
+
+    async def start_late():
+        await room.wait()
+        return await start()
+
+    monkeypatch.setattr(engine.group, "start", start_late)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    await engine.shutdown()
+    room.set()
+    with pytest.raises(EngineError, match="shutting down"):
+        await starting
+    assert not await engine.ready()
+    assert engine.group.ranks == []
 
 
 async def test_a_shut_down_engine_fails_what_is_in_flight():

@@ -193,9 +193,13 @@ def test_every_name_of_the_dashboard_is_exposed():
         queued_prefill_tokens=0,
         reserved_bytes=3,
         document_bytes=2,
+        held_documents=4,
+        restarts=6,
     )
     text = metrics.text({"default": stats}).decode()
-    assert samples(text)["kv_cache_usage_perc", (("engine", "default"),)] == 0.5
+    found = samples(text)
+    for name, value in (("kv_cache_usage_perc", 0.5), ("num_documents_held", 4), ("num_restarts", 6)):
+        assert found[name, (("engine", "default"),)] == value
     # A series appears with its first label; a family is listed from the start, with its type.
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
     exposed = {

@@ -286,7 +286,7 @@ async def test_a_method_that_lacks_its_proxies_is_refused_alone(ranks, whole, mo
 
 @in_module_loop
 async def test_a_rank_that_hangs_is_replaced(ranks, monkeypatch):
-    restarts = ranks.engine.num_restarts
+    restarts = (await ranks.engine.stats()).restarts
     monkeypatch.setattr(ranks.group, "_config", ranks.config.model_copy(update={"step_timeout_s": 1.0}))
     ranks.group._ranks[-1].hang.remote()
     with pytest.raises(EngineError, match="a rank did not answer within 1 s") as hung:
@@ -294,14 +294,14 @@ async def test_a_rank_that_hangs_is_replaced(ranks, monkeypatch):
     assert hung.value.kind == "unavailable"
     monkeypatch.undo()
     await ready(ranks.engine)
-    assert ranks.engine.num_restarts == restarts + 1
+    assert (await ranks.engine.stats()).restarts == restarts + 1
     assert (await ranks.engine.run(request("b", prompt(50, seed=1), METHODS[0]))).finish_reason == "length"
 
 
 @in_module_loop
 async def test_a_killed_rank_fails_its_requests_at_once_and_the_group_restarts(ranks, whole):
     for victim in range(ranks.config.tensor_parallel_size):
-        restarts = ranks.engine.num_restarts
+        restarts = (await ranks.engine.stats()).restarts
         pids = ranks.ask("pid")
         stream = ranks.engine.generate(request("a", prompt(100, seed=1), METHODS[1], 400))
         await anext(stream)
@@ -310,7 +310,7 @@ async def test_a_killed_rank_fails_its_requests_at_once_and_the_group_restarts(r
             await asyncio.wait_for(drain(stream), 30)
         assert died.value.kind == "unavailable"
         await ready(ranks.engine)
-        assert ranks.engine.num_restarts == restarts + 1
+        assert (await ranks.engine.stats()).restarts == restarts + 1
         assert not set(pids) & set(ranks.ask("pid"))
         token_ids = prompt(70, seed=2)
         result = await ranks.engine.run(request("b", token_ids, METHODS[1]))
@@ -350,14 +350,38 @@ def test_an_engine_as_a_ray_actor_for_jobs(driver, tiny_model, whole):
 
 def test_an_engine_that_is_killed_leaves_its_place_to_another(driver, tiny_model):
     engine = start_engine(EngineConfig(model=str(tiny_model)))
-    before = driver.available_resources()["CPU"]
+    before = free_cpus(driver)
     driver.kill(engine)
     stop_engine(engine)
+    wait_for_cpus(driver, before + 1)
+
+
+def test_a_start_that_is_interrupted_leaves_its_place_to_another(driver, tiny_model, monkeypatch):
+    before, get = free_cpus(driver), driver.get
+
+    def interrupted(refs, **options):
+        monkeypatch.setattr(driver, "get", get)
+        wait_for_cpus(driver, before - 1)  # the ranks have their place, and load
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "get", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start_engine(EngineConfig(model=str(tiny_model)), name="interrupted")
+    wait_for_cpus(driver, before)
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        driver.get_actor("interrupted")
+
+
+def free_cpus(driver) -> float:
+    return driver.available_resources().get("CPU", 0)
+
+
+def wait_for_cpus(driver, num_cpus: float) -> None:
     for _ in range(100):
-        if driver.available_resources().get("CPU", 0) == before + 1:
+        if free_cpus(driver) == num_cpus:
             return
         time.sleep(0.1)
-    pytest.fail(f"the engine's CPU is still taken: {driver.available_resources()}")
+    pytest.fail(f"{num_cpus} CPU must be free, got {free_cpus(driver)}; is an engine left?")
 
 
 def test_more_ranks_than_the_cluster_has_room_for_are_refused_at_once(driver, tiny_model):

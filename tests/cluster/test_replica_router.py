@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import ray
@@ -14,11 +15,13 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.balance import Balance
+from cluster.config import EngineConfig
 from cluster.protocol import Chunk, EngineError, EngineStats, Request
 from cluster.replica_router import ReplicaRouter
 from cluster.replicas import PlacedRequest, ServeEngine, queued_by_others, routing_stats, total
 from spts.methods import Dense
 from tests.cluster.conftest import REPOSITORY
+from tests.fakes import info
 
 # Ray's own models use what pydantic deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -100,6 +103,18 @@ class Stream:
         self.cancelled = True
 
 
+class Asked:
+    """One replica's method."""
+
+    def __init__(self, answer) -> None:
+        self._answer = answer
+
+    async def remote(self):
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
 HANGS = object()
 
 
@@ -111,6 +126,7 @@ class Handle:
         self._items = items if isinstance(items, dict) else {"a": items, "b": items}
         self._broadcast = broadcast
         self.generate = self
+        self.info: Asked | None = None
         self.streams: list[Stream] = []
 
     @property
@@ -155,11 +171,19 @@ async def test_a_prompt_counts_until_its_first_token():
     handle = Handle([FIRST, FIRST])
     stream = ServeEngine(handle, balance).generate(request())
     chunks = [await anext(stream)]
-    assert balance.ahead == {}
+    assert balance._ahead == {}
     chunks += [chunk async for chunk in stream]
     assert chunks == [FIRST, FIRST]
     assert handle.stream.cancelled
     assert handle.stream.placed.request.request_id.partition("-")[0] == balance.router_id
+
+
+async def test_tokens_to_follow_are_ahead_of_a_replica_too():
+    balance = Balance(affinity_tokens=0)
+    handle = Handle([FIRST])
+    await anext(ServeEngine(handle, balance).generate(replace(request(), follow=(7,) * 600)))
+    assert handle.stream.placed.placement.num_tokens == 609
+    assert len(balance._readers) == 0, "of these nothing is kept"
 
 
 async def test_a_second_try_has_an_id_of_its_own():
@@ -179,12 +203,13 @@ async def test_a_client_that_leaves_takes_its_prompt_with_it():
     await anext(stream)
     await stream.aclose()
     assert handle.stream.cancelled
-    assert balance.ahead == {}
+    assert balance._ahead == {}
 
 
 GONE = ray.exceptions.RayActorError()
 RESTARTING = ray.exceptions.RayTaskError("generate", "", EngineError("unavailable", "its ranks start again"))
 FULL = ray.exceptions.RayTaskError("generate", "", EngineError("overloaded", "one more than it takes"))
+SMALL = ray.exceptions.RayTaskError("generate", "", EngineError("context_length_exceeded", "it never fits"))
 
 
 @pytest.mark.parametrize("fault", [GONE, RESTARTING], ids=["gone", "restarting"])
@@ -193,7 +218,7 @@ async def test_a_replica_that_is_lost_is_avoided(fault):
     with pytest.raises(EngineError) as raised:
         await anext(ServeEngine(Handle([fault]), balance).generate(request(num_tokens=600)))
     assert raised.value.kind == "unavailable"
-    assert balance.ahead == {}
+    assert balance._ahead == {}
     again = balance.open((7,) * 600)
     assert again.rank({"a": 0, "b": 0})[0] == "b"
 
@@ -206,7 +231,7 @@ async def test_a_full_replica_passes_a_request_on_to_one_that_has_room():
     assert [stream.replica for stream in handle.streams] == ["a", "b", "c"]
     assert len({stream.placed.request.request_id for stream in handle.streams}) == 3
     assert all(stream.cancelled for stream in handle.streams)
-    assert balance.ahead == {}
+    assert balance._ahead == {}
     assert balance.open((7,) * 600).rank({"a": 0, "b": 0, "c": 0})[0] == "c", "it has read the prompt"
 
 
@@ -218,7 +243,47 @@ async def test_when_all_replicas_are_full_each_was_asked_once(replicas):
         await anext(ServeEngine(handle, balance).generate(request()))
     assert raised.value.kind == "overloaded"
     assert "".join(stream.replica for stream in handle.streams) == replicas
-    assert balance.ahead == {}
+    assert balance._ahead == {}
+
+
+async def test_a_request_that_a_replica_is_too_small_for_goes_on_to_a_larger_one():
+    handle = Handle({"a": [SMALL], "b": [FIRST]})
+    assert [each async for each in ServeEngine(handle, Balance(affinity_tokens=0)).generate(request())] == [
+        FIRST
+    ]
+    assert [stream.replica for stream in handle.streams] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "kind"),
+    [
+        ([SMALL, SMALL], "context_length_exceeded"),
+        ([SMALL, FULL], "overloaded"),
+        ([FULL, SMALL], "overloaded"),
+        ([SMALL, GONE], "unavailable"),
+    ],
+)
+async def test_only_when_all_replicas_are_too_small_it_never_fits(faults, kind):
+    handle = Handle({name: [fault] for name, fault in zip("ab", faults, strict=True)})
+    with pytest.raises(EngineError) as raised:
+        await anext(ServeEngine(handle, Balance(affinity_tokens=0)).generate(request()))
+    assert raised.value.kind == kind
+    assert len(handle.streams) == 2
+
+
+async def test_the_replica_with_most_memory_says_what_fits(monkeypatch):
+    monkeypatch.setattr("cluster.replicas.REPLY_S", 0.05)
+    balance = Balance(affinity_tokens=0)
+    small, large = (info(EngineConfig(model="any", kv_cache_bytes=size)) for size in (2**20, 2**30))
+    handle = Handle(broadcast=[small, GONE, large, HANGS, small])
+    handle.info = Asked(small)
+    assert await ServeEngine(handle, balance).info() == large
+    handle = Handle(broadcast=[RESTARTING])
+    handle.info = Asked(small)
+    assert await ServeEngine(handle, balance).info() == small
+    handle.info = Asked(RESTARTING)
+    with pytest.raises(EngineError, match="its ranks start again"):
+        await ServeEngine(handle, balance).info()
 
 
 async def test_an_answer_that_has_begun_goes_nowhere_else():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import spts
+from cluster.admission import request_bytes
 from cluster.config import EngineConfig
-from cluster.protocol import Request, Step, StepOutput
+from cluster.protocol import Agreement, Request, Step, StepOutput
 from cluster.stepper import Answer, Prefilling, Running, Stepper
 from spts import cost
 from spts.cache import RaggedCache
 from spts.methods import Dense, Method, Spts
 from spts.sampling import Sampling
 from tests.cluster.tiny import SCHEDULE
+from tests.fakes import info
+from tests.held import Held
 
 SPTS = Spts(schedule=SCHEDULE)
 
@@ -69,8 +73,28 @@ def test_a_reference_is_computed_once_where_there_is_room_and_gives_the_same(mod
     outputs = [run(stepper, sent) for _ in range(3)]
     assert outputs[0] == outputs[1] == outputs[2]
     assert all(token.logprobs is not None and len(token.logprobs.top) == 2 for token in outputs[0].tokens)
-    run(stepper, request(list(sent.token_ids), Dense(), 2, follow=(3, 4)))
+    run(stepper, replace(sent, follow=(3, 4), max_new_tokens=2))
     assert calls == ([(3, 4, 5), (3, 4)] if kept_bytes else [(3, 4, 5)] * 3 + [(3, 4)])
+
+
+def test_a_dense_request_is_its_own_reference(model, monkeypatch):
+    monkeypatch.setattr(model, "follow", None)
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+    sent = request(prompt(90), Dense(), 3, follow=(3, 4, 5), sampling=Sampling(logprobs=2))
+    output = run(stepper, sent)
+    assert [token.agreement for token in output.tokens] == [Agreement(kl=0.0, rank=1)] * 3
+    assert stepper._references.num_bytes == 0
+
+
+@pytest.mark.parametrize("method", [Dense(), SPTS], ids=["dense", "spts"])
+@pytest.mark.parametrize(("num_tokens", "num_follow"), [(1, 400), (300, 100)])
+def test_a_request_that_follows_never_holds_more_than_was_reserved(model, method, num_tokens, num_follow):
+    follow = tuple(prompt(num_follow))
+    sent = request(prompt(num_tokens), method, num_follow, follow=follow, sampling=Sampling(logprobs=2))
+    stepper = Stepper(model, EngineConfig(model="tiny"), 0)
+    with Held() as used:
+        run(stepper, sent)
+    assert used.most <= request_bytes(sent, replace(info(EngineConfig(model="tiny")), shape=model.shape))
 
 
 def test_ranks_that_choose_nothing_still_compute_and_count_the_reference(model):
@@ -176,11 +200,16 @@ def test_logits_that_are_not_finite_end_their_own_request_only(model):
     assert [(token.request_id, token.token_id) for token in answer.tokens] == [("good", 1)]
 
 
-def test_distributions_that_are_not_finite_cannot_be_compared(model):
+@pytest.mark.parametrize("compared", [True, False])
+def test_distributions_that_are_not_finite_cannot_be_compared(model, monkeypatch, compared):
     stepper, answer = Stepper(model, EngineConfig(model="tiny"), 0), Answer()
     sent = request([1, 2], Dense(), 1, follow=(1,))
     overflowed = torch.full((1, model.vocab_size), float("nan"))
-    stepper._follow(sent, model.prefill([1, 2], Dense()), overflowed, answer)
+    prefill = model.prefill([1, 2], Dense())
+    monkeypatch.setattr(
+        model, "follow_on", lambda *_: torch.ones_like(overflowed) if compared else overflowed
+    )
+    stepper._follow(sent, prefill, overflowed if compared else None, answer)
     assert [(request_id, error.kind) for request_id, error in answer.refused] == [("a", "internal")]
     assert answer.tokens == []
 

@@ -133,6 +133,10 @@ def test_a_tidy_schedule_says_nothing_twice():
         ),
     )
     assert tidy(Schedule(num_layers=8, first_skip_layer=2, stages=stages), 40) == Schedule.dense(8)
+    last = (Stage(last_layer=7, active_tokens=80, keep_tokens=40),)
+    uncut = (Stage(last_layer=7, active_tokens=80),)
+    assert tidy(Schedule(num_layers=8, first_skip_layer=4, stages=last), 100).stages == uncut
+    assert tidy(Schedule(num_layers=8, first_skip_layer=4, stages=last), 80) == Schedule.dense(8)
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "demo-12l"])

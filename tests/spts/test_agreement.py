@@ -8,7 +8,10 @@ import scipy.special
 import scipy.stats
 import torch
 
+from spts import agreement
 from spts.agreement import compare
+from spts.memory import COMPARED_ELEMENTS, comparison_bytes
+from tests.held import Held
 
 
 def test_worked_example():
@@ -45,3 +48,22 @@ def test_tokens_that_tie_with_denses_choice_do_not_push_it_back():
 def test_a_difference_that_is_no_number_is_seen():
     kl, _ = compare(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, float("nan")]]))
     assert kl.isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 8])
+def test_blocks_of_rows_give_the_same_as_all_at_once(monkeypatch, rows):
+    dense, other = torch.randn(7, 300) * 4, torch.randn(7, 300) * 4
+    kl, rank = agreement._compare(dense, other)
+    monkeypatch.setattr(agreement, "COMPARED_ELEMENTS", rows * 300 + 299)
+    in_blocks, rank_in_blocks = compare(dense, other)
+    assert torch.equal(in_blocks, kl)
+    assert torch.equal(rank_in_blocks, rank)
+
+
+@pytest.mark.parametrize(("num_tokens", "vocab"), [(1, 1000), (63, 1000), (3, COMPARED_ELEMENTS + 1)])
+def test_what_a_comparison_holds_is_what_is_counted_and_bounded(num_tokens, vocab):
+    dense, other = torch.randn(num_tokens, vocab), torch.randn(num_tokens, vocab)
+    with Held() as used:
+        compare(dense, other)
+    counted = comparison_bytes(vocab, num_tokens)
+    assert counted / 1.3 < used.most <= counted <= 44 * max(vocab, COMPARED_ELEMENTS)

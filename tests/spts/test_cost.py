@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from spts.cost import (
+    Flops,
     LayerWork,
     ModelShape,
     ProxyShape,
@@ -63,6 +64,10 @@ def _work(candidates: int, attention: int, ffn: int, *, probed: int = 0, proxied
     )
 
 
+def _sum(flops: Flops, *components: str) -> int:
+    return sum(getattr(layer, name) for layer in flops.layers for name in components)
+
+
 def test_planned_work_worked_example():
     schedule = Schedule(
         num_layers=3,
@@ -85,6 +90,12 @@ def test_planned_work_worked_example():
     assert planned_work(schedule, 30) == [_work(30, 30, 30)] * 3
 
 
+def test_no_probe_is_planned_for_a_cut_after_the_last_layer():
+    stages = (Stage(last_layer=2, active_tokens=40, keep_tokens=30),)
+    schedule = Schedule(num_layers=3, first_skip_layer=1, stages=stages)
+    assert planned_work(schedule, 35) == [_work(35, 35, 35)] * 3
+
+
 # "Physical limit, LLaMA-3.1-8B": TFLOP of linears, of attention, of both; ideal speed-up of SPTS.
 @pytest.mark.parametrize(
     ("num_tokens", "linear", "attention", "total", "ratio"),
@@ -99,11 +110,9 @@ def test_planned_work_worked_example():
 )
 def test_published_table(num_tokens, linear, attention, total, ratio):
     dense = dense_flops(LLAMA, num_tokens)
-    tera = {name: flop / 1e12 for name, flop in dense.by_component.items()}
-    assert sum(tera[name] for name in ("query", "key", "value", "output", "ffn")) == pytest.approx(
-        linear, abs=1
-    )
-    assert tera["attention"] == pytest.approx(attention, abs=1)
+    of_linears = _sum(dense, "query", "key", "value", "output", "ffn")
+    assert of_linears / 1e12 == pytest.approx(linear, abs=1)
+    assert _sum(dense, "attention") / 1e12 == pytest.approx(attention, abs=1)
     assert dense.total / 1e12 == pytest.approx(total, abs=1)
     work = planned_work(LLAMA_SCHEDULE, num_tokens)
     assert speedup(LLAMA, work, LLAMA_PROXY) == pytest.approx(ratio, abs=0.01)
@@ -143,7 +152,7 @@ def test_sparse_attention_costs_the_pairs_that_it_reads(num_tokens, density):
     schedule = replace(Schedule.dense(TINY.num_layers), attention_density=density)
     work = planned_work(schedule, num_tokens)
     pairs = int(_visible(num_tokens, density).sum())
-    attention = prefill_flops(TINY, work).by_component["attention"] // TINY.num_layers
+    attention = _sum(prefill_flops(TINY, work), "attention") // TINY.num_layers
     # A product with a key and one with a value, 2 FLOP each; of a query's pair with itself, half.
     assert attention == (pairs - num_tokens / 2) * 2 * 2 * TINY.num_heads * TINY.head_dim
     assert pairs_share(work) == pairs / (num_tokens * (num_tokens + 1) / 2)
@@ -250,7 +259,6 @@ def test_components_equal_what_torch_counts(num_tokens, probe, proxy, skips_ffn)
     with FlopCounterMode(display=False) as counter:
         torch.rand(1, TINY.hidden_size) @ torch.rand(TINY.hidden_size, TINY.vocab_size)
     assert flops.lm_head == counter.get_total_flops()
-    assert flops.total == sum(flops.by_component.values())
     assert flops.total == flops.lm_head + sum(layer.total for layer in flops.layers)
 
 
@@ -275,7 +283,7 @@ def test_a_probe_has_no_more_queries_than_there_are_candidates():
 def test_controls_pay_for_no_signal():
     plan = planned_work(LLAMA_SCHEDULE, 32 * K, probe=0, proxy=False)
     control = prefill_flops(LLAMA, plan)
-    assert control.by_component["probe"] == control.by_component["proxy"] == 0
+    assert _sum(control, "probe", "proxy") == 0
     for layer in control.layers:
         assert layer.key == layer.value
     spts_work = planned_work(LLAMA_SCHEDULE, 32 * K)

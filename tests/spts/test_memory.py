@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spts import memory
 from spts.kernels import reference
 from spts.methods import Dense, Method, Recency, Spts
 from spts.model import SptsModel
 from spts.schedule import Schedule, Stage
+from tests.held import Held
 from tests.spts.tiny import prompt, spts_model, transformers_model
 
 SCHEDULE = Schedule(
@@ -33,36 +30,6 @@ METHODS: dict[str, Method] = {
     "sparse": Spts(schedule=replace(SCHEDULE, attention_density=0.5)),
     "sparse-alone": Spts(schedule=replace(Schedule.dense(6), attention_density=0.1)),
 }
-
-
-class Held(TorchDispatchMode):
-    """Bytes of all storages made while it is on that are still there, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)
-        }
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if torch.is_tensor(leaf) and leaf.untyped_storage()._cdata not in known | self._seen:
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: Any) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-        self._seen.add(key)
-        self.now += num_bytes
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, num_bytes)
-
-    def _gone(self, key: int, num_bytes: int) -> None:
-        self._seen.discard(key)
-        self.now -= num_bytes
 
 
 @pytest.fixture(scope="module", params=[400, 48], ids=["wide-ffn", "narrow-ffn"])

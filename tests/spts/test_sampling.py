@@ -172,6 +172,20 @@ def test_logits_that_allow_nothing_are_an_error():
         sample(torch.full((9,), -math.inf), Sampling(), make_generator(Sampling()))
 
 
+@pytest.mark.parametrize("num_top", [0, 1, 5, 20])
+@pytest.mark.parametrize("vocab", [3, 63, 1000])
+def test_the_most_likely_tokens_are_those_of_a_stable_sort(vocab, num_top):
+    for logits in (
+        torch.randn(vocab),
+        torch.randint(0, 4, (vocab,)).float(),
+        torch.full((vocab,), -torch.inf),
+    ):
+        logits[vocab // 2] = 1.0
+        values, ids = torch.log_softmax(logits, dim=0).sort(descending=True, stable=True)
+        expected = list(zip(ids.tolist(), values.tolist(), strict=True))[:num_top]
+        assert list(token_logprobs(logits, 1, num_top).top) == expected
+
+
 def test_logprobs_equal_the_reference():
     logits = np.random.default_rng().normal(size=63).astype(np.float32) * 4
     logits[[7, 50]] = logits.max() + 1  # the best two are equal: the lower id comes first

@@ -220,7 +220,8 @@ def test_scaling_is_valid_everywhere_and_follows_its_rule_layer_by_layer(schedul
             if layer >= first and end == layer + 1 and stage.keep_tokens is not None
         ]
         assert scaled.active_tokens(layer) == (tokens(running[0].active_tokens) if running else None)
-        assert scaled.keep_tokens(layer) == (tokens(ending[-1]) if ending else None)
+        cut = tokens(ending[-1]) if ending and layer < depth - 1 else None
+        assert scaled.keep_tokens(layer) == cut
     assert scaled.num_layers == depth
     assert scaled.attention_density == schedule.attention_density
     assert scaled.first_skip_layer == (first if scaled.stages else depth)
@@ -239,6 +240,15 @@ def test_scaling_is_valid_everywhere_and_follows_its_rule_layer_by_layer(schedul
 def test_scaling_to_nothing_is_refused(field, arguments):
     with pytest.raises(ConfigError, match=f"{field} must be an integer of at least 1"):
         Schedule.preset("llama-3.1-8b").scaled(**arguments)
+
+
+def test_after_the_last_layer_nothing_is_cut():
+    stages = (
+        Stage(last_layer=1, active_tokens=9, keep_tokens=8),
+        Stage(last_layer=2, active_tokens=7, keep_tokens=6),
+    )
+    schedule = Schedule(num_layers=3, first_skip_layer=1, stages=stages)
+    assert [schedule.keep_tokens(layer) for layer in range(3)] == [None, 8, None]
 
 
 def test_dense_schedule_has_no_budget_anywhere():
