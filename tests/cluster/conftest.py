@@ -21,6 +21,8 @@ from tests.cluster.tiny import write_model, write_tokenizer
 KEY = "sk-demo-1"
 SITE = "https://chat.example.org"
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Workers import this checkout, also where it is not installed, and whatever this process finds that way.
+PYTHONPATH = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +47,7 @@ class RayCluster:
     """A cluster on loopback with token authentication, and Ray's command line for it."""
 
     def __init__(self, env: dict[str, str]) -> None:
-        # Workers import this checkout, also where it is not installed.
-        self.env = {**env, "PYTHONPATH": str(REPOSITORY)}
+        self.env = {**env, "PYTHONPATH": PYTHONPATH}
         self.address = env["RAY_ADDRESS"]
 
     def run(self, *command: str, timeout_s: float = 240) -> str:
@@ -67,7 +68,7 @@ class RayCluster:
 def ray_cluster():
     # More CPUs than the machine has: tests run one after the other, and idle engines keep theirs.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         with local_ray(num_cpus=8) as env:
             yield RayCluster(env)
 
@@ -101,7 +102,7 @@ def demo_url(tmp_path_factory) -> Iterator[str]:
         served = subprocess.Popen(
             [sys.executable, "-m", "cluster.local", "--", "serve", "run", str(folder / "ray_config.yaml")],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
             stdout=output,
             stderr=output,
             start_new_session=True,
